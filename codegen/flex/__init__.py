@@ -1,0 +1,1 @@
+"""Lower plans to FlexAttention where a compiler exists."""

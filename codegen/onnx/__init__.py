@@ -1,0 +1,1 @@
+"""Lower plans to ONNX operators by capability table."""

@@ -1,0 +1,1 @@
+"""The executed spec as a backend."""

@@ -1,0 +1,1 @@
+"""Lower plans to scaled_dot_product_attention."""

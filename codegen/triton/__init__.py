@@ -1,0 +1,1 @@
+"""Emit readable Triton kernels from a spec."""
