@@ -1,0 +1,1 @@
+"""Facts about a match: escapes, cost, density."""

@@ -1,0 +1,165 @@
+"""What peelers know about the graph they walk: constants, side operands, and which nodes carry scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from attnc import expr as E
+from attnc.expr import Expr
+from attnc.ir import Scale, Softcap
+from attnc.passes.detect.contraction import Contraction, contraction
+from attnc.passes.detect.graph import base_name, inputs, op_name, tensor_of
+from attnc.passes.detect.pull import OverBudgetError, Puller
+from attnc.passes.detect.views import At, broadcast
+
+BARRIERS = frozenset(
+    "linear addmm matmul mm bmm baddbmm einsum _softmax softmax _safe_softmax _log_softmax log_softmax logsumexp layer_norm native_layer_norm "
+    "rms_norm group_norm batch_norm convolution conv1d conv2d conv3d embedding scaled_dot_product_attention sum mean amax amin max_pool2d "
+    "topk sort gather scatter index_put cumsum cumprod prod var std linalg_vector_norm norm argmax".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RawBias:
+    """``sign`` times the value at ``at`` is added to the score."""
+
+    at: At
+    sign: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RawGain:
+    """The score is multiplied (or divided) by the value at ``at``."""
+
+    at: At
+    inverse: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RawMask:
+    """Hidden positions get ``value``, added or put in place; ``at`` is the additive tensor or the condition it came from."""
+
+    keep: Expr
+    value: float
+    how: str
+    at: At | None
+
+
+@dataclass(frozen=True, slots=True)
+class RawShift:
+    """A constant is added to every score; a softmax does not see it."""
+
+    value: float
+
+
+RawMod = Scale | Softcap | RawBias | RawGain | RawMask | RawShift
+
+
+@dataclass(frozen=True, slots=True)
+class Peeled:
+    """The step is understood; ``mods`` innermost first; continue at ``rest``."""
+
+    mods: tuple[RawMod, ...]
+    rest: At
+    name: str
+    through: tuple[fx.Node, ...] = ()
+
+
+@dataclass
+class Env:
+    """Facts of one working graph, memoised.  ``tensors`` names parameters, buffers and lifted constants."""
+
+    tensors: Mapping[str, torch.Tensor | None] = field(default_factory=dict)
+    fixed: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        self.puller = Puller(self.tensors)
+        self._carries: dict[str, bool] = {}
+        self._pure: dict[str, bool] = {}
+
+    def pure(self, node: fx.Node) -> bool:
+        """Say whether the node depends on no input of the user: on parameters, buffers (``fixed``) and constants only."""
+        memo = self._pure
+        stack = [node]
+        while stack:
+            n = stack[-1]
+            if n.name in memo:
+                stack.pop()
+                continue
+            if n.op in ("placeholder", "get_attr"):
+                memo[n.name] = n.name in self.fixed or n.op == "get_attr"
+                continue
+            sources = [x for x in n.all_input_nodes if tensor_of(x) is not None or isinstance(x.meta.get("val"), tuple | list)]
+            todo = [x for x in sources if x.name not in memo]
+            if todo:
+                stack += todo
+                continue
+            memo[n.name] = all(memo[x.name] for x in sources)
+        return memo[node.name]
+
+    def scores_of(self, node: fx.Node) -> Contraction | None:
+        """Return the node as a contraction that may produce scores: it sums, and neither operand is a mere parameter."""
+        c = contraction(node)
+        if c is None or not c.summed or self.pure(c.lhs) or self.pure(c.rhs):
+            return None
+        return c
+
+    def carries(self, node: fx.Node) -> bool:
+        """Say whether the node's value comes from a scores contraction without crossing another one or a barrier."""
+        memo = self._carries
+        stack = [node]
+        while stack:
+            n = stack[-1]
+            if n.name in memo:
+                stack.pop()
+            elif self.scores_of(n) is not None:
+                memo[n.name] = True
+            elif base_name(n) in BARRIERS or n.op != "call_function":
+                memo[n.name] = False
+            else:
+                sources = inputs(n) if op_name(n) != "py.getitem" else n.all_input_nodes
+                todo = [x for x in sources if x.name not in memo]
+                if todo:
+                    stack += todo
+                else:
+                    memo[n.name] = any(memo[x.name] for x in sources)
+        return memo[node.name]
+
+    def sides(self, node: fx.Node) -> tuple[object, object] | None:
+        """Return (carrying argument, other argument) of a two-argument op, None unless exactly one carries."""
+        a, b = node.args[:2]
+        ca, cb = (isinstance(x, fx.Node) and tensor_of(x) is not None and self.carries(x) for x in (a, b))
+        return (a, b) if ca and not cb else (b, a) if cb and not ca else None
+
+    def derive(self, at: At) -> Expr | None:
+        """Return the closed form of a side operand's element, None when it takes too many terms."""
+        try:
+            return self.puller.value(at.node, at.index)
+        except OverBudgetError:
+            return None
+
+    def scalar(self, x: object) -> float | None:
+        """Return a constant argument (a number, or a tensor whose every element is one constant), else None."""
+        if isinstance(x, bool):
+            return None
+        if isinstance(x, int | float):
+            return float(x)
+        if not isinstance(x, fx.Node) or tensor_of(x) is None:
+            val = x.meta.get("val") if isinstance(x, fx.Node) else None
+            return float(val) if isinstance(val, int | float) and not isinstance(val, bool) else None
+        rank = len(tensor_of(x).shape)  # type: ignore[union-attr]
+        at = At(x, tuple(E.index(f"c{i}", E.size(f"n{i}")) for i in range(rank)))
+        value = self.derive(At(x, broadcast(at.index, x)))
+        number = E.as_number(value) if value is not None else None
+        return float(number) if number is not None and not isinstance(number, bool) else None
+
+
+def step_into(at: At, node: object) -> At:
+    """Return the element of ``node`` that an elementwise op at ``at`` reads."""
+    assert isinstance(node, fx.Node)
+    return At(node, broadcast(at.index, node))
+

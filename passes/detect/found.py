@@ -1,0 +1,41 @@
+"""What detection knows of a site beyond its Match: how to build every operand from the user's graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from attnc.expr import Expr
+from attnc.ir import Match
+from attnc.passes.detect.layout import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A captured operand that is a symbolic predicate: emit ``value`` as a bool tensor with one axis per role.
+
+    ``axes`` lists, per canonical axis, the atoms (index generators) of that axis; an empty group is an axis of size 1.  ``leaves`` maps each tensor that is
+    loaded to how its elements are indexed (already in ``value``).
+    """
+
+    value: Expr
+    axes: tuple[tuple[Expr, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A match and its recipes, all in names of the working graph.
+
+    ``operands`` has q, k, v; ``captured`` one entry per ``match.spec.captured``; ``result`` turns the canonical output into the value of ``match.output``.
+    ``denominator`` is the late divisor folded into the site.  ``fused`` says that the user's graph already calls a fused op here.
+    """
+
+    match: Match
+    operands: Mapping[str, Recipe]
+    captured: Mapping[str, Recipe | Computed]
+    result: Recipe
+    anchor: str
+    fused: bool = False
+    dropout_node: str | None = None
+    signature: str = ""
+    boundary: tuple[str, ...] = field(default_factory=tuple)

@@ -1,0 +1,141 @@
+"""Facts about nodes of the working graph: sizes as polynomials, what an op is, where it came from."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+
+import torch
+from torch import fx
+
+from attnc.expr import Expr, add, generator, integer, product, size
+
+aten = torch.ops.aten
+
+METADATA_ONLY = frozenset({"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "_assert_async"})
+
+
+def op_name(node: fx.Node) -> str:
+    """Return ``name.overload`` of an ATen call (``mul.Tensor``), ``py.add`` of a Python operator, '' of other nodes."""
+    target = node.target
+    if node.op != "call_function":
+        return ""
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, _, name = target._schema.name.partition("::")
+        overload = target._overloadname
+        return f"{name}.{overload}" if namespace == "aten" else f"{namespace}::{name}.{overload}"
+    return f"py.{getattr(target, '__name__', target)}"
+
+
+def base_name(node: fx.Node) -> str:
+    """Return the op's name without its overload."""
+    return op_name(node).partition(".")[0] if not op_name(node).startswith("py.") else op_name(node)
+
+
+def tensor_of(node: fx.Node) -> torch.Tensor | None:
+    """Return the fake tensor that stands for the node's value, or None if it is no tensor."""
+    val = node.meta.get("val")
+    return val if isinstance(val, torch.Tensor) else None
+
+
+def dim(n: Any) -> Expr:
+    """Return a size (int or SymInt) as a polynomial; floor and mod terms stay opaque generators."""
+    if isinstance(n, int):
+        return integer(n)
+    return _from_sympy(n.node.expr)
+
+
+@lru_cache(maxsize=4096)
+def _from_sympy(e: Any) -> Expr:
+    if e.is_Integer:
+        return integer(int(e))
+    if e.is_Symbol:
+        return size(str(e))
+    if e.is_Add:
+        return add(*(_from_sympy(a) for a in e.args))
+    if e.is_Mul:
+        return product(_from_sympy(a) for a in e.args)
+    if e.is_Pow and e.exp.is_Integer and e.exp > 0:
+        return product(_from_sympy(e.base) for _ in range(int(e.exp)))
+    return generator(Expr("opaque", str(e)))
+
+
+def shape(node: fx.Node) -> tuple[Expr, ...]:
+    """Return the sizes of a tensor node."""
+    t = tensor_of(node)
+    assert t is not None, f"{node} is no tensor"
+    cached: tuple[Expr, ...] | None = node.meta.get("attnc_shape")
+    if cached is None:
+        node.meta["attnc_shape"] = cached = tuple(dim(n) for n in t.shape)
+    return cached
+
+
+def show_dim(e: Expr) -> int | str:
+    """Return a size as a number or as text such as ``s77`` or ``s77+8``, without blanks."""
+    from attnc.expr import as_int, show
+
+    n = as_int(e)
+    return n if n is not None else re.sub(r"\s", "", show(e))
+
+
+def inputs(node: fx.Node) -> tuple[fx.Node, ...]:
+    """Return the tensor inputs of a node in argument order, with repeats."""
+    out: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), out.append)
+    return tuple(n for n in out if tensor_of(n) is not None)
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """Return an argument by position or by name."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def users(node: fx.Node) -> tuple[fx.Node, ...]:
+    """Return the users of a node's value; metadata asserts do not count."""
+    return tuple(u for u in node.users if base_name(u) not in METADATA_ONLY)
+
+
+def normal_dims(dims: int | Sequence[int], rank: int) -> tuple[int, ...]:
+    """Return dimensions as non-negative numbers."""
+    return tuple(d % rank for d in ([dims] if isinstance(dims, int) else dims))
+
+
+def strides(sizes: Sequence[Expr]) -> Iterator[Expr]:
+    """Yield the row-major stride of each axis, in elements."""
+    for i in range(len(sizes)):
+        yield product(sizes[i + 1 :])
+
+
+def module_path(node: fx.Node) -> tuple[str, str]:
+    """Return the dotted path of the innermost module that ran the node, and its class name; '' for the root."""
+    stack = node.meta.get("nn_module_stack") or {}
+    best, kind = "", ""
+    for path, cls in stack.values():
+        text = str(path)
+        name = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", text)
+        name = re.sub(r"^(L|self|G)?\.?(self\.)?", "", name) if name.startswith(("L.", "L[", "self", "G")) else name
+        name = name.replace("_modules.", "").removeprefix("self.").strip(".")
+        best, kind = ("" if name == "self" else name), (cls if isinstance(cls, str) else getattr(cls, "__name__", str(cls)))
+    return best, kind.rpartition(".")[2]
+
+
+def source_line(node: fx.Node) -> str:
+    """Return ``file.py:line`` of the user's code that called the op, '' if unknown.  Only the file's name is kept."""
+    trace = node.meta.get("stack_trace") or ""
+    found = re.findall(r'File "([^"]+)", line (\d+)', trace)
+    return f"{found[-1][0].rpartition('/')[2]}:{found[-1][1]}" if found else ""
+
+
+def ratio_of_numbers(x: Any) -> float | None:
+    """Return a Python number as a float, None for anything else (symbols, nodes, bools)."""
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        return None
+    return float(x) if not (isinstance(x, float) and math.isnan(x)) else None
+
+

@@ -1,0 +1,216 @@
+"""Name the atoms of a skeleton: batch, head, group, query, key, feature, value feature; choose where operands are read.
+
+Roles come from sets: an atom that K or V varies along is a batch atom, one that only Q varies along is the query or a group. Repeated keys
+(grouped heads) show as an atom that K reads through ``h // g``; the atom is split and the low digit is the group, whatever made the copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from attnc import expr as E
+from attnc.expr import Expr
+from attnc.ir import Miss
+from attnc.passes.detect.env import Env, RawBias, RawGain, RawMask, RawMod, step_into
+from attnc.passes.detect.graph import base_name
+from attnc.passes.detect.layout import digits
+from attnc.passes.detect.sites import Skeleton
+from attnc.passes.detect.views import At, stepped
+
+Atoms = tuple[Expr, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """Groups of atoms, most significant first.  Query heads are ``head + group``."""
+
+    batch: Atoms
+    head: Atoms
+    group: Atoms
+    query: Atoms
+    key: Atoms
+    feature: Atoms
+    value: Atoms
+
+    @property
+    def heads(self) -> Atoms:
+        """Atoms of the query heads."""
+        return self.head + self.group
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A place where an operand can be read: the operand's element is ``factor`` times this one."""
+
+    at: At
+    factor: float
+    skipped: tuple[fx.Node, ...]
+
+
+def candidates(at: At, env: Env) -> tuple[list[Candidate], int]:
+    """Return the places along the chain of views and constant factors above an operand, and the first past all copies.
+
+    The number is the position behind the last op that repeats elements or multiplies by a constant.
+    """
+    out, past = [Candidate(at, 1.0, ())], 0
+    while len(out) < 40:
+        last = out[-1]
+        step = stepped(last.at)
+        if step is not None:
+            out.append(Candidate(step[0], last.factor, (*last.skipped, last.at.node)))
+            past = len(out) - 1 if step[1] else past
+            continue
+        scaled = _constant_factor(last.at, env)
+        if scaled is None:
+            return out, past
+        out.append(Candidate(scaled[0], last.factor * scaled[1], (*last.skipped, last.at.node)))
+        past = len(out) - 1
+    return out, past
+
+
+def _constant_factor(at: At, env: Env) -> tuple[At, float] | None:
+    name = base_name(at.node)
+    if name not in ("mul", "div") or at.node.kwargs.get("rounding_mode"):
+        return None
+    a, b = at.node.args[:2]
+    for number, other in ((b, a), (a, b)):
+        if not isinstance(other, fx.Node):
+            continue
+        factor = env.scalar(number)
+        if factor is not None and (name == "mul" or (number is b and factor != 0)):
+            return step_into(at, other), factor if name == "mul" else 1.0 / factor
+    return None
+
+
+def splits(index: Iterable[Expr]) -> dict[Expr, Expr]:
+    """Return how index atoms must be cut so that ``x // m`` and ``x % m`` in ``index`` become atoms; empty if none must."""
+    out: dict[Expr, Expr] = {}
+    for e in E.walk(tuple(index)):
+        if e.op not in ("floordiv", "mod"):
+            continue
+        x, m = e.args
+        g = E.only_index(x)
+        if g is None or g in out:
+            continue
+        high = E.exact_div(g.args[1], m)
+        if high is not None:
+            out[g] = E.add(E.mul(m, E.index(f"{g.args[0]}h", high)), E.index(f"{g.args[0]}l", m))
+    return out
+
+
+def refine(x: At, by: dict[Expr, Expr]) -> At:
+    """Return the element with atoms replaced."""
+    return At(x.node, tuple(E.substitute(i, by) for i in x.index)) if by else x
+
+
+def _refined_mod(m: RawMod, by: dict[Expr, Expr]) -> RawMod:
+    if isinstance(m, RawBias):
+        return replace(m, at=refine(m.at, by))
+    if isinstance(m, RawGain):
+        return replace(m, at=refine(m.at, by))
+    if isinstance(m, RawMask):
+        return replace(m, keep=E.substitute(m.keep, by), at=refine(m.at, by) if m.at else None)
+    return m
+
+
+def refine_all(s: Skeleton, by: dict[Expr, Expr]) -> None:
+    """Replace atoms everywhere in a skeleton."""
+    if not by:
+        return
+    s.scores, s.q, s.k, s.v = (refine(x, by) for x in (s.scores, s.q, s.k, s.v))
+    s.key = E.substitute(s.key, by)
+    s.out = tuple(E.substitute(x, by) for x in s.out)
+    s.weights = tuple(E.substitute(x, by) for x in s.weights)
+    s.mods = [_refined_mod(m, by) for m in s.mods]
+    s.sink = refine(s.sink, by) if s.sink else None
+
+
+def choose(s: Skeleton, env: Env) -> dict[str, Candidate] | Miss:
+    """Choose where q, k and v are read: behind the last copy or factor, at the first place that views can bring to roles.
+
+    Atoms of the skeleton are cut where that needs it.
+    """
+    chosen: dict[str, Candidate] = {}
+    for name in ("k", "v", "q"):
+        at: At = getattr(s, name)
+        places, past = candidates(at, env)
+        for c in (*places[past:], *reversed(places[:past])):
+            by: dict[Expr, Expr] = {}
+            index = c.at.index
+            for _ in range(4):
+                more = splits(index)
+                if not more:
+                    break
+                by = {**{a: E.substitute(x, more) for a, x in by.items()}, **more}
+                index = tuple(E.substitute(i, more) for i in index)
+            if all(digits(i) is not None for i in index):
+                refine_all(s, by)
+                chosen = {n: replace(x, at=refine(x.at, by)) for n, x in chosen.items()}
+                chosen[name] = replace(c, at=At(c.at.node, index))
+                break
+        else:
+            return Miss("operand-layout", at.node.name, f"{name} is read at {list(at.index)}, which no view of its sources gives")
+    return chosen
+
+
+def assign(s: Skeleton, chosen: dict[str, Candidate]) -> Roles | Miss:
+    """Give every atom its role from the index sets of the chosen operands."""
+    q, k, v = (_atoms(chosen[n].at.index) for n in "qkv")
+    key = _ordered(s.key)
+    feature = tuple(a for a in q if a in k and a in _feature_atoms(s))
+    anchor = [a for i, x in enumerate(s.weights) if i != s.anchor.dim for a in _ordered(x)]
+    value = tuple(a for a in v if a not in anchor and a not in key)
+    shared = [a for a in anchor if a in k or a in v]
+    alone = [a for a in anchor if a not in k and a not in v]
+    if any(a in q for a in key):
+        return Miss("query-reads-keys", s.scores.node.name, "the query side varies along the keys")
+    stray = [a for a in (*q, *k) if a not in anchor and a not in key and a not in feature]
+    if stray:
+        return Miss("operand-atoms", s.scores.node.name, f"an operand varies along {stray}, which the scores do not")
+    query = _query(s, alone, key)
+    group = tuple(a for a in alone if a not in query)
+    head = tuple(shared[-1:]) if len(shared) > 1 or (shared and group) else ()
+    return Roles(tuple(a for a in shared if a not in head), head, group, query, key, feature, value)
+
+
+def _feature_atoms(s: Skeleton) -> set[Expr]:
+    out = set(s.features)
+    for side in (s.q, s.k):
+        out |= {g for i in side.index for g in E.indices(i) if str(g.args[0]).startswith("e.")}
+    return out
+
+
+def _query(s: Skeleton, alone: Sequence[Expr], key: Atoms) -> Atoms:
+    """Pick the query among atoms that only Q has: what a mask compares with keys, else the one as long as the keys, else the last."""
+    if not alone:
+        return ()
+    for m in s.mods:
+        if isinstance(m, RawMask):
+            for c in E.walk(m.keep):
+                if c.op in ("le0", "eq0"):
+                    used = E.indices(c)
+                    hit = [a for a in alone if a in used]
+                    if hit and any(a in used for a in key):
+                        return (hit[-1],)
+    length = E.product(a.args[1] for a in key)
+    same = [a for a in alone if a.args[1] == length]
+    return (same[-1],) if same else (alone[-1],)
+
+
+def _atoms(index: Iterable[Expr]) -> list[Expr]:
+    out: list[Expr] = []
+    for x in index:
+        for a in _ordered(x):
+            if a not in out:
+                out.append(a)
+    return out
+
+
+def _ordered(x: Expr) -> Atoms:
+    d = digits(x)
+    return tuple(d[0]) if d is not None else E.indices(x)
+
+

@@ -1,0 +1,38 @@
+"""Peel a mask written over the scores: ``where(keep, s, -inf)`` and ``s.masked_fill(hide, -inf)``."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from attnc import expr as E
+from attnc.ir import Miss
+from attnc.passes.detect.env import Env, Peeled, RawMask, step_into
+from attnc.passes.detect.graph import base_name, tensor_of
+from attnc.passes.detect.pull import to_bool
+from attnc.passes.detect.scores.additive import HIDES
+from attnc.passes.detect.views import At
+
+
+def peel(at: At, env: Env) -> Peeled | Miss | None:
+    """Read both spellings; the value must be a constant that hides, the condition any bool tensor."""
+    name = base_name(at.node)
+    if name == "where" and len(at.node.args) == 3:
+        cond, a, b = at.node.args
+        ca, cb = (isinstance(x, fx.Node) and tensor_of(x) is not None and env.carries(x) for x in (a, b))
+        if ca == cb:
+            return Miss("two-scores-chosen", at.node.name, "a where chooses between two score tensors")
+        scores, value, keeps = (a, b, True) if ca else (b, a, False)
+    elif name == "masked_fill":
+        scores, cond, value = at.node.args[:3]
+        keeps = False
+    else:
+        return None
+    fill = env.scalar(value)
+    if fill is None or not fill <= HIDES:
+        return Miss("fill-not-hiding", at.node.name, f"masked scores get {fill if fill is not None else 'a tensor'}, expected <= {HIDES:g} or -inf")
+    there = step_into(at, cond)
+    derived = env.derive(there)
+    condition = to_bool(derived) if derived is not None else E.load(there.node.name, there.index, "bool")
+    keep = condition if keeps else E.not_(condition)
+    mods = () if keep == E.TRUE else (RawMask(keep, fill, "replace", there),)
+    return Peeled(mods, step_into(at, scores), "fill")

@@ -1,0 +1,29 @@
+"""Peel a constant factor, and a tensor factor that is no score itself (a learned temperature)."""
+
+from __future__ import annotations
+
+from attnc.ir import Miss, Scale
+from attnc.passes.detect.env import Env, Peeled, RawGain, step_into
+from attnc.passes.detect.graph import base_name
+from attnc.passes.detect.views import At
+
+
+def peel(at: At, env: Env) -> Peeled | Miss | None:
+    """Read ``c * s``, ``s / c`` and ``-s``; ``t * s`` with a tensor t becomes a gain."""
+    name = base_name(at.node)
+    if name == "neg":
+        return Peeled((Scale(-1.0),), step_into(at, at.node.args[0]), "scale")
+    if name not in ("mul", "div", "true_divide") or at.node.kwargs.get("rounding_mode"):
+        return None
+    pair = env.sides(at.node)
+    if pair is None:
+        return Miss("scores-times-scores", at.node.name, "two score tensors are multiplied")
+    scores, side = pair
+    factor = env.scalar(side)
+    if name != "mul" and side is at.node.args[0]:
+        return Miss("reciprocal-of-scores", at.node.name, "the scores are a divisor")
+    if factor is None:
+        return Peeled((RawGain(step_into(at, side), name != "mul"),), step_into(at, scores), "gain")
+    if name != "mul" and factor == 0:
+        return Miss("division-by-zero", at.node.name, "the scores are divided by zero")
+    return Peeled((Scale(factor if name == "mul" else 1.0 / factor),), step_into(at, scores), "scale")

@@ -1,0 +1,241 @@
+"""Index maps of view-like ops: "what is this element?" asked of the input instead of the output.
+
+Every function takes the index of an element of the op's output and returns where that element lives in the op's input.  With that,
+layouts, packed projections, grouped heads and windows need no patterns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from attnc.expr import ONE, ZERO, Expr, add, as_int, exact_div, floordiv, integer, mod, mul, sub
+from attnc.passes.detect.graph import argument, base_name, dim, normal_dims, op_name, ratio_of_numbers, shape, strides, tensor_of
+
+Index = tuple[Expr, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class At:
+    """One element of a node's value: ``index`` has one polynomial per axis."""
+
+    node: fx.Node
+    index: Index
+
+
+def view(at: At) -> tuple[At, bool] | None:
+    """Return the element of the input that ``at`` reads, and whether the op repeats elements; None if it is no view."""
+    rule = _RULES.get(base_name(at.node))
+    if rule is None:
+        return None
+    src = at.node.args[0] if at.node.args else at.node.kwargs.get("self")
+    if not isinstance(src, fx.Node) or tensor_of(src) is None:
+        return None
+    out = rule(at.node, src, at.index)
+    return None if out is None else (At(src, out), base_name(at.node) in _REPEATS and shape(src) != shape(at.node))
+
+
+def broadcast(index: Sequence[Expr], src: fx.Node) -> Index:
+    """Return the index into ``src`` when its value is broadcast to a result indexed by ``index``."""
+    sizes = shape(src)
+    tail = tuple(index)[len(index) - len(sizes) :] if sizes else ()
+    return tuple(ZERO if n == ONE else i for i, n in zip(tail, sizes, strict=True))
+
+
+def reshape(index: Index, to: Sequence[Expr], frm: Sequence[Expr]) -> Index | None:
+    """Map an index of shape ``to`` to one of shape ``frm`` with the same elements in row-major order.
+
+    The axes are cut into the shortest runs with equal products, so indices of untouched axes pass as they are.
+    """
+    out: list[Expr] = []
+    i = j = 0
+    while i < len(frm) or j < len(to):
+        run = _run(frm, to, i, j)
+        if run is None:
+            return None
+        a, b = run
+        out += _within(index[j:b], to[j:b], frm[i:a])
+        i, j = a, b
+    return tuple(out)
+
+
+def _run(frm: Sequence[Expr], to: Sequence[Expr], i: int, j: int) -> tuple[int, int] | None:
+    """Return the ends of the next run: the least axes of both shapes with equal products."""
+    if i < len(frm) and frm[i] == ONE:
+        return i + 1, j
+    if j < len(to) and to[j] == ONE:
+        return i, j + 1
+    if i >= len(frm) or j >= len(to):
+        return None
+    a, b = i + 1, j + 1
+    left, right = frm[i], to[j]
+    while left != right:
+        if b < len(to) and (exact_div(left, right) is not None or a >= len(frm)):
+            right, b = mul(right, to[b]), b + 1
+        elif a < len(frm):
+            left, a = mul(left, frm[a]), a + 1
+        else:
+            return None
+    return a, b
+
+
+def _within(index: Sequence[Expr], to: Sequence[Expr], frm: Sequence[Expr]) -> list[Expr]:
+    if len(frm) == 1 and len(to) == 1:
+        return [index[0]]
+    if not to:
+        return [ZERO] * len(frm)
+    flat = add(*(mul(x, s) for x, s in zip(index, strides(to), strict=True)))
+    if len(frm) == 1:
+        return [flat]
+    out = []
+    for axis, (n, s) in enumerate(zip(frm, strides(frm), strict=True)):
+        digit = floordiv(flat, s)
+        out.append(ZERO if n == ONE else digit if axis == 0 else mod(digit, n))
+    return out
+
+
+# ---------------------------------------------------------------- rules: (node, source, index) -> index of source
+
+
+def _same(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
+    return index
+
+
+def _reshape(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
+    return reshape(index, shape(node), shape(src))
+
+
+def _permute(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
+    rank = len(index)
+    name = base_name(node)
+    if name == "permute":
+        dims = normal_dims(argument(node, 1, "dims"), rank)
+    else:
+        dims_ = list(range(rank))
+        a, b = (0, 1) if name == "t" else (argument(node, 1, "dim0"), argument(node, 2, "dim1"))
+        if rank >= 2:
+            dims_[a], dims_[b] = dims_[b], dims_[a]
+        dims = tuple(dims_)
+    out = [ZERO] * rank
+    for position, axis in enumerate(dims):
+        out[axis] = index[position]
+    return tuple(out)
+
+
+def _unsqueeze(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
+    d = argument(node, 1, "dim") % len(index)
+    return index[:d] + index[d + 1 :]
+
+
+def _expand(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
+    return broadcast(index, src)
+
+
+def _number_or_node(x: Any) -> Expr | None:
+    if isinstance(x, int):
+        return integer(x)
+    if isinstance(x, fx.Node) and x.meta.get("val") is not None and tensor_of(x) is None:
+        return dim(x.meta["val"])
+    return None
+
+
+def _slice(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
+    d = argument(node, 1, "dim", 0) % len(index)
+    start, step = _number_or_node(argument(node, 2, "start") or 0), argument(node, 4, "step", 1)
+    if start is None or not isinstance(step, int):
+        return None
+    n = as_int(start)
+    if n is not None and n < 0:
+        start = add(start, shape(src)[d])
+    if n is None:
+        start = sub(shape(src)[d], shape(node)[d]) if argument(node, 3, "end") is None and step == 1 else start
+    if (m := as_int(start)) is not None and m < 0:
+        start = ZERO
+    return (*index[:d], add(start, mul(index[d], integer(step))), *index[d + 1 :])
+
+
+def _narrow(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
+    d = argument(node, 1, "dim") % len(index)
+    start = _number_or_node(argument(node, 2, "start"))
+    return None if start is None else (*index[:d], add(index[d], start), *index[d + 1 :])
+
+
+def _select(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
+    sizes = shape(src)
+    d = argument(node, 1, "dim") % len(sizes)
+    at = _number_or_node(argument(node, 2, "index"))
+    if at is None:
+        return None
+    n = as_int(at)
+    at = add(at, sizes[d]) if n is not None and n < 0 else at
+    return (*index[:d], at, *index[d:])
+
+
+def _repeat(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
+    sizes = shape(src)
+    tail = index[len(index) - len(sizes) :]
+    return tuple(i if n == m else mod(i, n) for i, n, m in zip(tail, sizes, shape(node)[len(index) - len(sizes) :], strict=True))
+
+
+def _repeat_interleave(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
+    times, d = argument(node, 1, "repeats"), argument(node, 2, "dim")
+    n = ratio_of_numbers(times)
+    if op_name(node) != "repeat_interleave.self_int" or n is None or not isinstance(d, int):
+        return None
+    d %= len(index)
+    return (*index[:d], floordiv(index[d], integer(int(n))), *index[d + 1 :])
+
+
+def _dropout(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
+    return index if argument(node, 2, "train") is False or argument(node, 1, "p") == 0 else None
+
+
+_Rule = Callable[[fx.Node, fx.Node, Index], Index | None]
+_RULES: dict[str, _Rule] = {
+    **dict.fromkeys(("clone", "contiguous", "alias", "detach", "lift_fresh_copy", "lift_fresh", "lift"), _same),
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "view_copy"), _reshape),
+    **dict.fromkeys(("permute", "transpose", "t"), _permute),
+    "unsqueeze": _unsqueeze,
+    "expand": _expand,
+    "expand_as": _expand,
+    "slice": _slice,
+    "narrow": _narrow,
+    "select": _select,
+    "repeat": _repeat,
+    "repeat_interleave": _repeat_interleave,
+    "dropout": _dropout,
+}
+_REPEATS = frozenset({"expand", "expand_as", "repeat", "repeat_interleave"})
+
+
+def piece(at: At) -> At | None:
+    """Return the element of the tensor that was split, if ``at`` reads a ``getitem`` of split, chunk or unbind."""
+    if op_name(at.node) != "py.getitem":
+        return None
+    whole, position = at.node.args
+    if not isinstance(whole, fx.Node) or not isinstance(position, int):
+        return None
+    name = base_name(whole)
+    src = whole.args[0] if whole.args else None
+    if not isinstance(src, fx.Node) or tensor_of(src) is None:
+        return None
+    rank = len(shape(src))
+    if name == "unbind":
+        d = argument(whole, 1, "dim", 0) % rank
+        return At(src, (*at.index[:d], integer(position), *at.index[d:]))
+    if name in ("split", "split_with_sizes", "chunk"):
+        d = argument(whole, 2, "dim", 0) % rank
+        parts = whole.meta["val"][:position]
+        start = add(ZERO, *(dim(p.shape[d]) for p in parts))
+        return At(src, (*at.index[:d], add(at.index[d], start), *at.index[d + 1 :]))
+    return None
+
+
+def stepped(at: At) -> tuple[At, bool] | None:
+    """Follow one view or one piece; the flag says that elements repeat."""
+    part = piece(at)
+    return (part, False) if part is not None else view(at)
+

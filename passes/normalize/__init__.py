@@ -1,0 +1,1 @@
+"""Turn the working copy of a graph into one spelling per meaning."""

@@ -1,0 +1,1 @@
+"""Turn matches into plans and edit the graph."""

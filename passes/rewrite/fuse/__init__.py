@@ -1,0 +1,1 @@
+"""Forms that keep the function: SAME."""

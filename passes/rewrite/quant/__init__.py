@@ -1,0 +1,1 @@
+"""Quantized forms: BOUNDED, opted into."""

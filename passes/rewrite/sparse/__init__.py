@@ -1,0 +1,1 @@
+"""Sparse forms: BOUNDED, opted into."""
