@@ -36,7 +36,7 @@ def detect(work: fx.Graph, tensors: Mapping[str, torch.Tensor | None]) -> tuple[
     names: Counter[str] = Counter()
     found: list[Found] = []
     missed: list[tuple[Miss, str]] = []
-    items: list[tuple[int, Skeleton | Miss | Found, str]] = []
+    items: list[tuple[int, Skeleton | Miss, str]] = []
     for item in skeletons(work, env):
         anchor = item.node if isinstance(item, Miss) else item.anchor.weights.name
         items.append((order[anchor], item, anchor))
@@ -44,13 +44,13 @@ def detect(work: fx.Graph, tensors: Mapping[str, torch.Tensor | None]) -> tuple[
     for miss in unnormalized(work, env, taken):
         items.append((order[miss.node], miss, miss.node))
     for call in fused_calls(work, env):
-        anchor = call.node if isinstance(call, Miss) else call.anchor
+        anchor = call.node if isinstance(call, Miss) else call.anchor.weights.name
         items.append((order[anchor], call, anchor))
     for _, item, anchor in sorted(items, key=lambda t: t[0]):
         path = module_path(nodes[anchor])[0] or "model"
         names[path] += 1
         name = path if names[path] == 1 else f"{path}#{names[path]}"
-        site = describe(item, env, name) if isinstance(item, Skeleton) else item
+        site = item if isinstance(item, Miss) else describe(item, env, name)
         if isinstance(site, Miss):
             missed.append((site, name))
             log.info("%s: missed %s at %s: %s", name, site.code, site.node, site.why)

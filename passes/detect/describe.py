@@ -10,15 +10,29 @@ import torch
 from attnc import expr as E
 from attnc import masks as M
 from attnc.expr import Expr
-from attnc.ir import AttentionSpec, Bias, Fill, Gain, Match, Miss, Operand, Scale, Site, Softcap, Softmax, Step
+from attnc.ir import (
+    AttentionSpec,
+    Bias,
+    Fill,
+    Gain,
+    Match,
+    Miss,
+    Operand,
+    Scale,
+    Site,
+    Softcap,
+    Softmax,
+    Step,
+)
 from attnc.passes.detect.env import Env, RawBias, RawGain, RawMask, RawShift
 from attnc.passes.detect.found import Computed, Found
-from attnc.passes.detect.graph import module_path, shape, show_dim, source_line, tensor_of, users
+from attnc.passes.detect.graph import argument, module_path, shape, source_line, tensor_of, users
 from attnc.passes.detect.layout import Recipe, digits, from_roles, size_of, to_roles
 from attnc.passes.detect.masks.lift import Positions, lift
 from attnc.passes.detect.roles import Atoms, Candidate, Roles, assign, choose
 from attnc.passes.detect.sites import Skeleton
 from attnc.passes.detect.views import At
+from attnc.sizes import show_dim
 
 HUGE = -1e30
 
@@ -90,7 +104,18 @@ def _found(s: Skeleton, env: Env, chosen: dict[str, Candidate], r: Roles, name: 
     line = source_line(s.anchor.weights)
     match = Match(spec, Site(name, path, f"{kind} {line}".strip()), frozenset(region), s.output.name, tuple(reversed(s.trail)), escapes)
     captured = {n: draft.recipes[n] for n in (o.name for o in draft.captured)}
-    return Found(match, recipes, captured, result, s.anchor.weights.name, dropout_node=s.dropout_node.name if s.dropout_node else None)
+    fused = s.trail == ["sdpa-call"]
+    return Found(match, recipes, captured, result, s.anchor.weights.name, fused, improves=fused and _improves(s, spec, chosen))
+
+
+def _improves(s: Skeleton, spec: AttentionSpec, chosen: dict[str, Candidate]) -> bool:
+    """Say whether the spec knows more than the fused call: a closed mask in place of a tensor, or keys that are not repeated."""
+    closed = argument(s.output, 3, "attn_mask") is not None and not any(isinstance(x, Bias) for x in spec.scores) and not _is_dense(spec.mask)
+    return closed or (spec.group_size > 1 and not argument(s.output, 7, "enable_gqa", False))
+
+
+def _is_dense(mask: M.Mask) -> bool:
+    return isinstance(mask, M.Dense) or any(_is_dense(p) for p in getattr(mask, "parts", ()))
 
 
 def _number(size: Expr, s: Skeleton) -> int:

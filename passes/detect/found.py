@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from attnc.expr import Expr
 from attnc.ir import Match
@@ -27,7 +27,7 @@ class Found:
     """A match and its recipes, all in names of the working graph.
 
     ``operands`` has q, k, v; ``captured`` one entry per ``match.spec.captured``; ``result`` turns the canonical output into the value of ``match.output``.
-    ``denominator`` is the late divisor folded into the site.  ``fused`` says that the user's graph already calls a fused op here.
+    ``fused`` says that the user's graph already calls a fused op here, ``improves`` that the spec knows more than that call.
     """
 
     match: Match
@@ -36,6 +36,4 @@ class Found:
     result: Recipe
     anchor: str
     fused: bool = False
-    dropout_node: str | None = None
-    signature: str = ""
-    boundary: tuple[str, ...] = field(default_factory=tuple)
+    improves: bool = False

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any
-
 
 import torch
 from torch import fx
 
-from attnc.expr import Expr, add, generator, integer, product, size
+from attnc.expr import Expr, product
+from attnc.sizes import dim
 
 aten = torch.ops.aten
 
@@ -42,28 +41,6 @@ def tensor_of(node: fx.Node) -> torch.Tensor | None:
     return val if isinstance(val, torch.Tensor) else None
 
 
-def dim(n: Any) -> Expr:
-    """Return a size (int or SymInt) as a polynomial; floor and mod terms stay opaque generators."""
-    if isinstance(n, int):
-        return integer(n)
-    return _from_sympy(n.node.expr)
-
-
-@lru_cache(maxsize=4096)
-def _from_sympy(e: Any) -> Expr:
-    if e.is_Integer:
-        return integer(int(e))
-    if e.is_Symbol:
-        return size(str(e))
-    if e.is_Add:
-        return add(*(_from_sympy(a) for a in e.args))
-    if e.is_Mul:
-        return product(_from_sympy(a) for a in e.args)
-    if e.is_Pow and e.exp.is_Integer and e.exp > 0:
-        return product(_from_sympy(e.base) for _ in range(int(e.exp)))
-    return generator(Expr("opaque", str(e)))
-
-
 def shape(node: fx.Node) -> tuple[Expr, ...]:
     """Return the sizes of a tensor node."""
     t = tensor_of(node)
@@ -72,14 +49,6 @@ def shape(node: fx.Node) -> tuple[Expr, ...]:
     if cached is None:
         node.meta["attnc_shape"] = cached = tuple(dim(n) for n in t.shape)
     return cached
-
-
-def show_dim(e: Expr) -> int | str:
-    """Return a size as a number or as text such as ``s77`` or ``s77+8``, without blanks."""
-    from attnc.expr import as_int, show
-
-    n = as_int(e)
-    return n if n is not None else re.sub(r"\s", "", show(e))
 
 
 def inputs(node: fx.Node) -> tuple[fx.Node, ...]:
@@ -97,8 +66,13 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 
 
 def users(node: fx.Node) -> tuple[fx.Node, ...]:
-    """Return the users of a node's value; metadata asserts do not count."""
-    return tuple(u for u in node.users if base_name(u) not in METADATA_ONLY)
+    """Return the users of a node's value; metadata asserts and pure calls that nobody reads do not count."""
+    return tuple(u for u in node.users if base_name(u) not in METADATA_ONLY and not _dead(u))
+
+
+def _dead(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and not node.users and schema is not None and not schema.is_mutable
 
 
 def normal_dims(dims: int | Sequence[int], rank: int) -> tuple[int, ...]:

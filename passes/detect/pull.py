@@ -17,8 +17,9 @@ from torch import fx
 
 from attnc import expr as E
 from attnc.expr import FALSE, ONE, TRUE, ZERO, Expr
-from attnc.passes.detect.graph import argument, base_name, dim, op_name, shape, tensor_of
+from attnc.passes.detect.graph import argument, base_name, op_name, shape, tensor_of
 from attnc.passes.detect.views import At, Index, broadcast, stepped
+from attnc.sizes import dim
 
 
 class OverBudgetError(Exception):

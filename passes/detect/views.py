@@ -13,7 +13,17 @@ from typing import Any
 from torch import fx
 
 from attnc.expr import ONE, ZERO, Expr, add, as_int, exact_div, floordiv, integer, mod, mul, sub
-from attnc.passes.detect.graph import argument, base_name, dim, normal_dims, op_name, ratio_of_numbers, shape, strides, tensor_of
+from attnc.passes.detect.graph import (
+    argument,
+    base_name,
+    normal_dims,
+    op_name,
+    ratio_of_numbers,
+    shape,
+    strides,
+    tensor_of,
+)
+from attnc.sizes import dim
 
 Index = tuple[Expr, ...]
 

@@ -10,7 +10,16 @@ from __future__ import annotations
 from torch import fx
 
 from attnc.ir import Softmax
-from attnc.passes.detect.graph import argument, base_name, normal_dims, op_name, ratio_of_numbers, shape, tensor_of, users
+from attnc.passes.detect.graph import (
+    argument,
+    base_name,
+    normal_dims,
+    op_name,
+    ratio_of_numbers,
+    shape,
+    tensor_of,
+    users,
+)
 from attnc.passes.detect.norms.anchor import VIEWS, Anchor, without_row_maximum
 
 

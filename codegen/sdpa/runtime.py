@@ -1,0 +1,110 @@
+"""The two calls that rewritten graphs make besides plain SDPA: masked and windowed attention that look at their data.
+
+Both are ``torch.library`` operators with a composite implementation: in eager they run the Python below, autograd included; under
+``torch.compile`` or export they dissolve into plain ATen.  What they add to a bare SDPA call is (1) a mask that hides nothing at run
+time costs nothing, as in transformers' own eager code; (2) rows that see no key get exactly what the model gave them, in values and in
+gradients (the CPU flash kernel rebuilds such rows wrongly in backward when the fill is finite: P becomes 1 instead of 1/n).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnc.codegen.sdpa.window import window_attention
+
+_LIBRARY = torch.library.Library("attnc", "FRAGMENT")
+_LIBRARY.define(
+    "masked_sdpa(Tensor q, Tensor k, Tensor v, Tensor keep, Tensor? bias, float fill, str empty, bool causal, float scale, bool grouped) -> Tensor"
+)
+_LIBRARY.define(
+    "window_sdpa(Tensor q, Tensor k, Tensor v, int left, int right, int sinks, bool causal, float scale, str empty, Tensor? key_keep) -> Tensor"
+)
+
+
+def masked_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bias: Tensor | None, fill: float, empty: str, causal: bool, scale: float, grouped: bool
+) -> Tensor:
+    """Attend where ``keep`` (bool, broadcasts to ``[B, H, Sq, Sk]``) and, if ``causal``, ``k <= q`` hold.
+
+    ``fill`` is what hidden scores get added; ``empty`` says what a query without keys gives: ``uniform`` (finite fill), ``nan`` or ``zero``.
+    """
+    if not is_traced(q, k, v, keep):
+        if bool(keep.all()):
+            mask = None if bias is None else _over_queries(bias.to(q.dtype), q)
+            if not (causal and mask is not None):
+                return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
+        elif empty != "zero":
+            seen = _seen(keep, causal, q, k)
+            if empty == "uniform" and _trains(q, k, v, bias) and not bool(seen.any(-1).all()):
+                return _spelled_out(q, k, v, seen, bias, fill, scale)
+            out = _attend(q, k, v, seen, bias, fill, scale, grouped)
+            return out if empty == "uniform" else _nan_where_empty(out, seen)
+        return _attend(q, k, v, _seen(keep, causal, q, k), bias, fill, scale, grouped)
+    seen = _seen(keep, causal, q, k)
+    if empty == "uniform" and _trains(q, k, v, bias):
+        return _spelled_out(q, k, v, seen, bias, fill, scale)
+    out = _attend(q, k, v, seen, bias, fill, scale, grouped)
+    return _nan_where_empty(out, seen) if empty == "nan" else out
+
+
+def window_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, left: int, right: int, sinks: int, causal: bool, scale: float, empty: str, key_keep: Tensor | None
+) -> Tensor:
+    """Attend in a sliding window; see ``attnc.codegen.sdpa.window``.  ``key_keep`` is bool ``[B, Sk]``."""
+    if key_keep is not None and not is_traced(q, key_keep) and bool(key_keep.all()):
+        key_keep = None
+    rule = "nan" if empty == "nan" else "zero"
+    return window_attention(q, k, v, left=left, right=right, sinks=sinks, causal=causal, scale=scale, key_keep=key_keep, empty=rule)  # type: ignore[arg-type]
+
+
+_LIBRARY.impl("masked_sdpa", masked_sdpa, "CompositeImplicitAutograd")
+_LIBRARY.impl("window_sdpa", window_sdpa, "CompositeImplicitAutograd")
+
+
+def is_traced(*tensors: Tensor) -> bool:
+    """Say whether the call is being recorded, so that the values of tensors must not be looked at."""
+    return torch.compiler.is_compiling() or any(type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta for t in tensors)
+
+
+def _seen(keep: Tensor, causal: bool, q: Tensor, k: Tensor) -> Tensor:
+    if not causal:
+        return keep
+    i = torch.arange(q.shape[-2], device=q.device)[:, None]
+    return keep & (torch.arange(k.shape[-2], device=q.device)[None, :] <= i)
+
+
+def _trains(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _over_queries(mask: Tensor, q: Tensor) -> Tensor:
+    """Expand a mask with one row over all queries, as a view: the CPU kernel is faster on that than on a broadcast axis."""
+    return mask.expand(-1, -1, q.shape[-2], -1) if mask.shape[-2] != q.shape[-2] else mask
+
+
+def _added(seen: Tensor, bias: Tensor | None, fill: float, dtype: torch.dtype) -> Tensor:
+    value = max(fill, torch.finfo(dtype).min) if math.isfinite(fill) else fill
+    mask = torch.zeros((), dtype=dtype, device=seen.device).masked_fill(~seen, value)
+    return mask if bias is None else mask + bias.to(dtype)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tensor | None, fill: float, scale: float, grouped: bool) -> Tensor:
+    mask = _over_queries(_added(seen, bias, fill, q.dtype), q)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
+
+
+def _spelled_out(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tensor | None, fill: float, scale: float) -> Tensor:
+    """Attend without the flash kernel, whose backward is wrong for rows that see nothing."""
+    b, h, sq, d = q.shape
+    group = h // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
+    scores = q @ k.transpose(-2, -1) * scale + _added(seen, bias, fill, q.dtype)
+    return torch.softmax(scores, -1, dtype=torch.float32 if q.dtype != torch.float64 else None).to(q.dtype) @ v
+
+
+def _nan_where_empty(out: Tensor, seen: Tensor) -> Tensor:
+    return out.masked_fill(~seen.any(-1, keepdim=True), math.nan)

@@ -1,0 +1,370 @@
+"""The Python surface: optimize, inspect, session, and the doors to saving, ONNX and kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from attnc import __version__
+from attnc.capture import capture_export, capture_exported, make_backend
+from attnc.capture_trial import ForwardError
+from attnc.capture_types import Captured
+from attnc.errors import CaptureError, RewriteError
+from attnc.passes.rewrite.forms import Forms, parse_forms
+from attnc.passes.rewrite.quant.w8a8 import W8A8
+from attnc.pipeline import Options, Outcome, run
+from attnc.report import Report
+from attnc.result import clone_module, make_result
+
+if TYPE_CHECKING:
+    from attnc.ir import Kernel
+    from attnc.opening import Opened
+
+__all__ = ["Session", "dynamo_rewriter", "emit", "export_onnx", "inspect", "optimize", "parse_forms", "session"]
+
+Progress = Callable[[str, float], None]
+_TARGETS = ("cpu", "cuda")
+
+
+@dataclass
+class Session:
+    """What ``optimize`` remembers with its result: enough to save, export and emit it."""
+
+    forms: Forms
+    target: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    report: Report
+    dynamic_shapes: Any = "auto"
+    outcomes: list[Outcome] = field(default_factory=list)
+    quantized: tuple[str, ...] = ()
+    source: Opened | None = None
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """The forms as plain data."""
+        return self.forms.to_plan()
+
+    @property
+    def attends(self) -> list[ExportedProgram]:
+        """Captured programs with one ``attend`` node per rewritten site."""
+        return [o.attend for o in self.outcomes if o.attend is not None]
+
+    @property
+    def programs(self) -> list[ExportedProgram]:
+        """Captured programs lowered to plain ATen wherever a plain form exists."""
+        from attnc.codegen.lower import lower
+        from attnc.programs import copy_program, fix_outputs
+
+        out = []
+        for program in self.attends:
+            plain = copy_program(program)
+            lower(plain.graph, portable=True)
+            fix_outputs(plain)
+            out.append(plain)
+        return out
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        return self
+
+
+def optimize(
+    model: nn.Module | fx.GraphModule | ExportedProgram | str | os.PathLike[str],
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = "auto",
+    forms: Any = "fused",
+    target: str | None = None,
+    verify: bool = True,
+    cost_model: bool = True,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Return a module that computes what ``model`` does, with its attention sites rewritten; ``model`` stays as it was.
+
+    Args:
+        model: a module, an ``fx.GraphModule``, an ``ExportedProgram``, or a path (Hugging Face directory, ``.pt2``, ``file.py:callable``).
+        args: example positional inputs; without any inputs a module is captured at its first call, as torch.compile does.
+        kwargs: example keyword inputs.
+        dynamic_shapes: "auto" lets every size vary that can; None fixes all; anything else goes to torch.export.
+        forms: what is allowed: "fused" (SAME only), a form, a list, or a mapping from module-path patterns to forms.
+        target: "cpu", "cuda" or "cuda:sm_90"; None is the model's device.
+        verify: check every rewritten site against the original and put back those that fail.
+        cost_model: leave sites alone whose rewrite is predicted to be slower; False rewrites all that can be.
+        progress: called with (stage, fraction) as stages begin.
+
+    Returns:
+        a module of the same class sharing the model's tensors (those of quantized layers excepted), with a ``.report``.
+
+    Raises:
+        CaptureError: the forward fails on the example inputs.
+        RewriteError: an unknown form, a bad option, or a pattern that names no site.
+    """
+    allowed = parse_forms(forms)
+    source = None
+    if isinstance(model, str | os.PathLike):
+        from attnc.opening import open_model
+
+        source = open_model(model)
+        model = source.model
+        if not args and not kwargs:
+            args, kwargs = source.args, source.kwargs
+    if isinstance(model, ExportedProgram):
+        return _optimize_program(model, allowed, _target(target, model.state_dict.values()), verify, cost_model, progress)
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"optimize: expected a module, an ExportedProgram or a path, found {type(model).__name__}")
+    device = _target(target, model.parameters())
+    report = Report(__version__, type(model).__name__, device)
+    state = Session(allowed, device, args, dict(kwargs or {}), report, dynamic_shapes, source=source)
+    work = _Work(state, verify, cost_model, progress)
+    fast = work.ahead(model) if args or kwargs else work.lazy(model)
+    fast.__dict__["_attnc"] = state
+    return fast
+
+
+def inspect(
+    model: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, forms: Any = "fused", target: str | None = None, progress: Progress | None = None
+) -> Report:
+    """Return what ``optimize`` would find and plan, changing and verifying nothing; needs example inputs.  Raises as ``optimize``."""
+    if isinstance(model, str | os.PathLike):
+        from attnc.opening import open_model
+
+        opened = open_model(model)
+        model, args, kwargs = opened.model, args or opened.args, kwargs or opened.kwargs
+    captured = capture_exported(model) if isinstance(model, ExportedProgram) else capture_export(model, args, kwargs)
+    tensors = model.state_dict.values() if isinstance(model, ExportedProgram) else model.parameters()
+    device = _target(target, tensors)
+    outcome = run(captured, Options(parse_forms(forms), device, verify=False, progress=progress))
+    report = Report(__version__, type(model).__name__, device)
+    _add(report, outcome, captured)
+    return report
+
+
+def session(fast: nn.Module) -> Session:
+    """Return what ``optimize`` remembers with its result.
+
+    Raises:
+        RewriteError: the module did not come from ``optimize``.
+    """
+    state = fast.__dict__.get("_attnc")
+    if not isinstance(state, Session):
+        raise RewriteError(f"expected a module that attnc.optimize returned, found a plain {type(fast).__name__}")
+    return state
+
+
+def export_onnx(
+    model: nn.Module | str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    target: str = "ort-cpu",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> list[Any]:
+    """Write an ONNX file in which each rewritten site is the best operator of ``target``; return what each site became.
+
+    ``model`` is a result of ``optimize`` or anything ``optimize`` takes.  The file is run in ONNX Runtime against the model before it gets its name.
+
+    Raises:
+        CodegenError: the conversion failed, or the file disagrees with the model.
+        CheckpointError: the path exists and ``force`` is not given, or cannot be written.
+    """
+    from attnc.codegen.onnx.export import export
+
+    fast = model if isinstance(model, nn.Module) and "_attnc" in model.__dict__ else optimize(model, args, kwargs, cost_model=False, progress=progress)
+    state = session(fast)
+    if not state.attends:
+        raise RewriteError("export_onnx: expected a model optimized with example inputs, found one that has not been captured as one program")
+    return export(state.attends[0], Path(path), target=target, force=force, check_inputs=[(state.args, state.kwargs)], reference=fast)
+
+
+def emit(model: nn.Module | str | os.PathLike[str], directory: str | os.PathLike[str], *, force: bool = False) -> list[Kernel]:
+    """Write one readable, self-contained Triton file per distinct kernel of ``model``'s sites; return the kernels.
+
+    Raises:
+        UnsupportedError: no site can be emitted.
+        CheckpointError: the directory exists and ``force`` is not given, or cannot be written.
+    """
+    from attnc.codegen.triton import emit_all
+    from attnc.files import write_directory
+
+    fast = model if isinstance(model, nn.Module) and "_attnc" in model.__dict__ else optimize(model, cost_model=False)
+    specs = [r.spec for r in session(fast).report.sites if r.spec and r.status != "missed"]
+    kernels: list[Kernel] = emit_all(specs)
+    with write_directory(Path(directory), force=force) as folder:
+        for k in kernels:
+            (folder / f"{k.name}.py").write_text(k.source)
+    return kernels
+
+
+def dynamo_rewriter(**options: Any) -> Callable[[Captured], bool]:
+    """Return the rewriter behind ``torch.compile(model, backend="attnc", options={...})``; options are those of ``optimize``."""
+    report = Report(__version__, "compiled", str(options.get("target") or "cpu"))
+    known = {"forms", "target", "verify", "cost_model"}
+    if set(options) - known:
+        raise RewriteError(f"torch.compile(backend='attnc'): expected options among {sorted(known)}, found {sorted(set(options) - known)}")
+    forms = parse_forms(options.get("forms", "fused"))
+    state = Session(forms, report.target, (), {}, report)
+    return _Work(state, options.get("verify", True), options.get("cost_model", True), None).rewrite
+
+
+def _optimize_program(program: ExportedProgram, forms: Forms, target: str, verify: bool, cost_model: bool, progress: Progress | None) -> nn.Module:
+    """Rewrite an ExportedProgram; the result is its module."""
+    captured = capture_exported(program)
+    outcome = run(captured, Options(forms, target, verify, cost_model, False, progress), _placeholders(program))
+    report = Report(__version__, "ExportedProgram", target)
+    _add(report, outcome, captured)
+    assert outcome.runtime is not None
+    fast = outcome.runtime.module()
+    args, kwargs = program.example_inputs or ((), {})
+    fast.__dict__["report"] = report
+    fast.__dict__["_attnc"] = Session(forms, target, args, dict(kwargs), report, outcomes=[outcome])
+    return fast
+
+
+class _Work:
+    """Capture and rewrite for one result, whenever it meets a new kind of call."""
+
+    def __init__(self, state: Session, verify: bool, cost_model: bool, progress: Progress | None) -> None:
+        self.state, self.verify, self.cost_model, self.progress = state, verify, cost_model, progress
+        self._first: ExportedProgram | CaptureError | None = None
+
+    def ahead(self, model: nn.Module) -> nn.Module:
+        """Capture now, with the session's example inputs; a model that cannot be captured whole is compiled piece by piece."""
+        clone = clone_module(model)
+        self._quantize(clone)
+        try:
+            self._first = self.build(clone, self.state.args, self.state.kwargs)
+        except ForwardError:
+            raise
+        except CaptureError as e:
+            self._first = e
+        fast = make_result(clone, self._build_once, fallback=make_backend(self.rewrite, declined=self.state.report.warnings.append), report=self.state.report)
+        with torch.no_grad(), _same_random_numbers():
+            fast(*self.state.args, **self.state.kwargs)
+        if self.verify:
+            self._check_model(model, fast)
+        return fast
+
+    def lazy(self, model: nn.Module) -> nn.Module:
+        """Capture at the first call, piece by piece."""
+        clone = clone_module(model)
+        if any(f.scope == "projections" for f in self.state.forms.of(W8A8)):
+            raise RewriteError("w8a8(scope='projections'): expected example inputs, which say which layers are projections; or use scope='all'")
+        self._quantize(clone)
+        return make_result(clone, None, lazy=make_backend(self.rewrite, declined=self.state.report.warnings.append), report=self.state.report)
+
+    def build(self, plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExportedProgram:
+        """Capture one program and run the pipeline on it."""
+        self._tell("capture")
+        captured = capture_export(plain, args, kwargs, dynamic_shapes=self.state.dynamic_shapes)
+        assert captured.exported is not None
+        trains = any(p.requires_grad for p in plain.parameters())
+        outcome = self._run(captured, trains, _placeholders(captured.exported, (args, dict(kwargs))))
+        self.state.outcomes.append(outcome)
+        assert outcome.runtime is not None
+        return outcome.runtime
+
+    def _build_once(self, plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExportedProgram:
+        first, self._first = self._first, None
+        if isinstance(first, CaptureError):
+            raise first
+        return first if first is not None else self.build(plain, args, kwargs)
+
+    def rewrite(self, captured: Captured) -> bool:
+        """Edit one graph at the dynamo door; say whether anything changed."""
+        trains = any(v is not None and v.requires_grad for v in captured.tensors.values())
+        return self._run(captured, trains, None).rewritten > 0
+
+    def _run(self, captured: Captured, trains: bool, placeholders: Mapping[str, Any] | None) -> Outcome:
+        options = Options(self.state.forms, self.state.target, self.verify, self.cost_model, trains, self.progress)
+        outcome = run(captured, options, placeholders)
+        _add(self.state.report, outcome, captured)
+        return outcome
+
+    def _quantize(self, clone: nn.Module) -> None:
+        """Swap the linear layers that a W8A8 form covers, in the clone."""
+        wanted = self.state.forms.of(W8A8)
+        if not wanted:
+            return
+        from attnc.codegen.int8.swap import quantize_modules
+
+        if any(f.scope == "all" for f in wanted):
+            names = [n for n, m in clone.named_modules() if type(m) is nn.Linear]
+        else:
+            captured = capture_export(clone, self.state.args, self.state.kwargs, dynamic_shapes=self.state.dynamic_shapes)
+            names = run(captured, Options(self.state.forms, self.state.target, verify=False)).linears
+        done = quantize_modules(clone, names)
+        self.state.quantized = tuple(done)
+        self.state.report.linears = [{"module": n, "form": "w8a8", "contract": "BOUNDED"} for n in done]
+        if not done:
+            self.state.report.warnings.append("w8a8: no linear layer around an attention site was found")
+
+    def _check_model(self, model: nn.Module, fast: nn.Module) -> None:
+        from attnc.verify import check_model
+
+        self._tell("check")
+        bounded = bool(self.state.quantized) or any(s.contract == "BOUNDED" for s in self.state.report.sites if s.status == "rewritten")
+        with torch.no_grad(), _same_random_numbers():
+            self.state.report.checks = check_model(model, fast, self.state.args, self.state.kwargs, bounded=bounded)
+
+    def _tell(self, stage: str) -> None:
+        if self.progress is not None:
+            self.progress(stage, 0.0)
+
+
+def _placeholders(program: ExportedProgram, inputs: Any = None) -> dict[str, Any] | None:
+    """Return the values of a program's inputs by placeholder name: its weights, and the example inputs if there are any."""
+    inputs = program.example_inputs if inputs is None else inputs
+    if inputs is None:
+        return None
+    from torch.export.graph_signature import InputKind
+
+    leaves = iter(pytree.tree_leaves(inputs))
+    out: dict[str, Any] = {}
+    for spec in program.graph_signature.input_specs:
+        name = spec.arg.name
+        if spec.kind is InputKind.USER_INPUT:
+            out[name] = next(leaves)
+        elif spec.target in program.state_dict:
+            out[name] = program.state_dict[spec.target]
+        elif spec.target in program.constants:
+            out[name] = program.constants[spec.target]
+    return out
+
+
+def _add(report: Report, outcome: Outcome, captured: Captured) -> None:
+    """Add what one graph gave to a report; a site captured again keeps its first record."""
+    known = {s.id for s in report.sites}
+    report.sites += [r for r in outcome.records if r.id not in known]
+    report.stages += outcome.stages
+    report.warnings += [w for w in captured.warnings if w not in report.warnings]
+
+
+def _target(target: str | None, tensors: Any) -> str:
+    if target is None:
+        first = next(iter(tensors), None)
+        return str(first.device.type) if isinstance(first, torch.Tensor) else "cpu"
+    if target.partition(":")[0] not in _TARGETS:
+        raise RewriteError(f"optimize: expected target 'cpu', 'cuda' or 'cuda:sm_90', found {target!r}")
+    return target
+
+
+@contextlib.contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    state = torch.random.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(state)
+

@@ -1,0 +1,290 @@
+"""The compiler in one function: capture -> detect -> plan -> rewrite -> lower -> verify, and put back what fails.
+
+``run`` takes a captured graph and returns the program that runs, the same program at the ``attend`` level (one node per site, from which ONNX
+and portable artefacts are lowered), and a record for every site.  The captured graph itself is never edited at the export door.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+from torch.export import ExportedProgram
+
+from attnc import logs
+from attnc import verify as checks
+from attnc.capture_types import Captured
+from attnc.codegen import ops as _ops  # noqa: F401  (registers attnc::attend)
+from attnc.codegen.lower import lower
+from attnc.codegen.select import select
+from attnc.cost import Cost
+from attnc.ir import AttentionSpec, Miss, Plan
+from attnc.passes.analyze.price import gain, hints, price
+from attnc.passes.detect import Found, detect
+from attnc.passes.detect.graph import module_path, source_line
+from attnc.passes.rewrite.apply import Rewriter, leaves
+from attnc.passes.rewrite.forms import Forms
+from attnc.passes.rewrite.fuse.fused import Fused
+from attnc.passes.rewrite.quant.projections import projections
+from attnc.passes.rewrite.quant.w8a8 import W8A8
+from attnc.programs import copy_program, fix_outputs
+from attnc.report import SiteRecord, Stage
+
+log = logs.get("rewrite")
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user allows and asks for; see ``attnc.optimize``."""
+
+    forms: Forms
+    target: str = "cpu"
+    verify: bool = True
+    cost_model: bool = True
+    gradients: bool = False
+    progress: Progress | None = None
+
+
+@dataclass
+class Outcome:
+    """What came of one graph.  ``attend`` and ``runtime`` are None at the dynamo door, where the graph is edited in place."""
+
+    records: list[SiteRecord]
+    stages: list[Stage]
+    rewritten: int
+    attend: ExportedProgram | None = None
+    runtime: ExportedProgram | None = None
+    linears: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Job:
+    """One found site on its way: its plan if it is to be rewritten, else why not."""
+
+    found: Found
+    plan: Plan | None
+    status: str
+    reason: str
+    gain: float | None
+    price: Cost
+    new_output: str = ""
+    check: checks.Check | None = None
+
+
+def run(captured: Captured, options: Options, placeholders: Mapping[str, Any] | None = None) -> Outcome:
+    """Run every stage after capture.  ``placeholders`` are example values of the graph's inputs by name, None if unknown.
+
+    Raises:
+        RewriteError: a pattern of ``options.forms`` names no site, or an old site could not be removed.
+    """
+    stages: list[Stage] = [Stage(n, s) for n, s in captured.seconds.items()]
+    with _timed(stages, "detect", options) as note:
+        found, missed = detect(captured.work, captured.tensors)
+        note.update(nodes=len(captured.work.nodes), sites=len(found), misses=len(missed))
+    known = hints(captured.work)
+    options.forms.check([f.match.site.id for f in found] + [name for _, name in missed])
+    original = captured.exported.graph if captured.exported is not None else _copy_graph(captured.graph)
+    with _timed(stages, "plan", options):
+        gate = Rewriter(original, captured.work, captured.links)
+        jobs = [_plan(f, gate, options, known) for f in found]
+    outcome = _rewrite_and_check(captured, original, jobs, options, placeholders, stages)
+    outcome.records = [_record(j) for j in jobs] + [_missed(m, name, captured.work) for m, name in missed]
+    outcome.linears = _linears(captured, found, options)
+    return outcome
+
+
+def _rewrite_and_check(
+    captured: Captured, original: fx.Graph, jobs: list[_Job], options: Options, placeholders: Mapping[str, Any] | None, stages: list[Stage]
+) -> Outcome:
+    """Rewrite the planned sites, lower, verify; put back the sites that fail and do it again without them."""
+    while True:
+        live = [j for j in jobs if j.plan is not None]
+        outcome = Outcome([], stages, len(live))
+        with _timed(stages, "rewrite", options) as note:
+            attend = None if captured.exported is None else copy_program(captured.exported)
+            graph = _copy_graph(captured.graph) if attend is None else attend.graph
+            editor = Rewriter(graph, captured.work if attend is not None else graph, captured.links)
+            for j in live:
+                assert j.plan is not None
+                stamp = {"match": j.found.match.site.id, "trail": j.found.match.trail, "backend": j.plan.backend, "form": j.plan.form}
+                j.new_output = editor.apply(j.found, j.plan.spec, stamp)
+            note.update(sites=len(live))
+        with _timed(stages, "lower", options) as note:
+            if attend is not None:
+                fix_outputs(attend)
+            outcome.attend, outcome.runtime = attend, None if attend is None else copy_program(attend)
+            target = graph if outcome.runtime is None else outcome.runtime.graph
+            counts, renamed = lower(target)
+            if outcome.runtime is not None:
+                fix_outputs(outcome.runtime)
+            note.update(counts)
+        for j in live:
+            j.new_output = renamed.get(j.new_output, j.new_output)
+        failed = _verify(original, target, captured, live, options, placeholders, stages) if options.verify else []
+        if not failed:
+            if attend is None and live:
+                _replace_graph(captured, graph)
+            return outcome
+        for j, check in failed:
+            log.warning("%s: put back: %s", j.found.match.site.id, check.reason)
+            j.plan, j.status, j.reason = None, "kept", f"failed verification and was put back: {check.reason}"
+
+
+# ---------------------------------------------------------------- plan
+
+
+def _plan(found: Found, gate: Rewriter, options: Options, known: Mapping[str, int]) -> _Job:
+    """Choose form and backend for one site, or say why it stays."""
+    spec, site = found.match.spec, found.match.site
+    cost = price(spec, known, found.fused)
+    forms = [f for f in options.forms.at(site.id) if not isinstance(f, W8A8)] or ([Fused()] if options.forms.at(site.id) else [])
+    if not forms:
+        return _Job(found, None, "kept", "no form is allowed here", None, cost)
+    if found.match.escapes:
+        return _Job(found, None, "kept", f"weights-in-use: {', '.join(found.match.escapes)} of the site is read outside it", None, cost)
+    if spec.dropout:
+        why = f"dropout-active: a fused kernel would draw other random numbers (p={spec.dropout:g}); call .eval() or set dropout to 0"
+        return _Job(found, None, "kept", why, None, cost)
+    blocked = gate.blocked(found)
+    if blocked is not None:
+        return _Job(found, None, "missed", f"{blocked.code}: {blocked.why}", None, cost)
+    form, refusals = None, []
+    for f in forms:
+        miss = f.applies(spec)
+        if miss is None:
+            form = f
+            break
+        refusals.append(f"{f.name}: {miss.why}")
+    if form is None:
+        return _Job(found, None, "kept", "; ".join(refusals), None, cost)
+    new = form.rewrite(spec)
+    backend, passed = select(new, options.target)
+    predicted = gain(spec, new, known, options.target) if options.cost_model else None
+    same = form.contract == "SAME"
+    if same and found.fused and not found.improves:
+        return _Job(found, None, "kept", "already-fused: the model calls one fused kernel here, and its mask has no better form", predicted, cost)
+    if same and options.cost_model and backend == "reference":
+        why = "; ".join(m.why for m in passed)
+        return _Job(found, None, "kept", f"no-faster-kernel: {why}", predicted, cost)
+    if same and predicted is not None and predicted < 1.0:
+        return _Job(found, None, "kept", f"slower: predicted {predicted:.2f}x the model's own speed at these sizes", predicted, cost)
+    plan = Plan(found.match, form.name, backend, form.contract, new)
+    return _Job(found, plan, "rewritten", "; ".join(m.why for m in passed), predicted, price(new, known, backend != "reference"))
+
+
+def _linears(captured: Captured, found: list[Found], options: Options) -> list[str]:
+    """Return the linear layers that a W8A8 form with scope projections covers, in order."""
+    out: dict[str, None] = {}
+    for f in found:
+        if any(isinstance(x, W8A8) and x.scope == "projections" for x in options.forms.at(f.match.site.id)):
+            out.update(dict.fromkeys(projections(captured.work, f, captured.fqn)))
+    return list(out)
+
+
+# ---------------------------------------------------------------- verify
+
+
+def _verify(
+    original: fx.Graph,
+    target: fx.Graph,
+    captured: Captured,
+    live: list[_Job],
+    options: Options,
+    placeholders: Mapping[str, Any] | None,
+    stages: list[Stage],
+) -> list[tuple[_Job, checks.Check]]:
+    """Check each rewritten site against the original region; return those of contract SAME that fail."""
+    with _timed(stages, "verify", options) as note:
+        sites = [_site_to_check(j, captured) for j in live]
+        results = checks.check_sites(original, target, sites, placeholders, gradients=options.gradients)
+        failed = []
+        for j, check in zip(live, results, strict=True):
+            j.check = check
+            assert j.plan is not None
+            if not check.ok and j.plan.contract == "SAME":
+                failed.append((j, check))
+        note.update(failed=len(failed))
+    return failed
+
+
+def _site_to_check(job: _Job, captured: Captured) -> checks.SiteToCheck:
+    found, links = job.found, captured.links
+    sources = {n: links[r.source] for n, r in found.operands.items()}
+    masks = tuple(dict.fromkeys(links[n] for name, r in found.captured.items() for n in leaves(r)))
+    boundary = tuple(dict.fromkeys((*sources.values(), *masks)))
+    bounded = job.plan is not None and job.plan.contract == "BOUNDED"
+    return checks.SiteToCheck(
+        job.found.match.site.id, links[found.match.output], job.new_output, boundary, masks, (sources["q"],), bounded
+    )
+
+
+# ---------------------------------------------------------------- records and small things
+
+
+def _record(j: _Job) -> SiteRecord:
+    m = j.found.match
+    spec: AttentionSpec = j.plan.spec if j.plan is not None else m.spec
+    details = {"trail": list(m.trail), "found": str(m.spec)}
+    if j.check is not None:
+        details |= {"variant": j.check.variant, "gradients": j.check.gradients}
+    return SiteRecord(
+        id=m.site.id,
+        module=m.site.module,
+        source=m.site.source,
+        spec=str(spec),
+        mask=spec.mask.describe(),
+        form=j.plan.form if j.plan else "",
+        backend=j.plan.backend if j.plan else "",
+        contract=j.plan.contract if j.plan else "SAME",
+        status=j.status,  # type: ignore[arg-type]
+        reason=j.reason,
+        error=j.check.error if j.check else None,
+        tolerance=j.check.tolerance if j.check else None,
+        flops=j.price.flops,
+        bytes=j.price.bytes,
+        predicted_gain=j.gain,
+        details=details,
+    )
+
+
+def _missed(miss: Miss, name: str, work: fx.Graph) -> SiteRecord:
+    node = next((n for n in work.nodes if n.name == miss.node), None)
+    path, kind = module_path(node) if node is not None else ("", "")
+    source = f"{kind} {source_line(node) if node is not None else ''}".strip()
+    return SiteRecord(name, path, source, "", "", "", "", "SAME", "missed", f"{miss.code}: {miss.why}", details={"node": miss.node})
+
+
+@contextmanager
+def _timed(stages: list[Stage], name: str, options: Options) -> Iterator[dict[str, Any]]:
+    if options.progress is not None:
+        options.progress(name, 0.0)
+    details: dict[str, Any] = {}
+    start = time.perf_counter()
+    yield details
+    stages.append(Stage(name, time.perf_counter() - start, details))
+
+
+def _copy_graph(graph: fx.Graph) -> fx.Graph:
+    out = fx.Graph()
+    memo: dict[fx.Node, fx.Node] = {}
+    result = out.graph_copy(graph, memo, return_output_node=True)
+    if result is not None:
+        value, old = result  # type: ignore[misc]
+        node = out.output(value)
+        node.meta = dict(old.meta)
+    for old_node, new in memo.items():
+        assert old_node.name == new.name, f"copying renamed {old_node.name} to {new.name}"
+        new.meta = dict(old_node.meta)
+    return out
+
+
+def _replace_graph(captured: Captured, graph: fx.Graph) -> None:
+    """Give the owner the rewritten graph (dynamo door)."""
+    captured.owner.graph = graph
+    captured.graph = captured.owner.graph
+

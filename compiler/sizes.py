@@ -1,0 +1,37 @@
+"""Sizes of tensors as polynomials: ints and SymInts become ``attnc.expr`` terms."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any
+
+from attnc.expr import Expr, add, as_int, generator, integer, product, show, size
+
+
+def dim(n: Any) -> Expr:
+    """Return a size (int or SymInt) as a polynomial; floor and mod terms stay opaque generators."""
+    if isinstance(n, int):
+        return integer(n)
+    return _from_sympy(n.node.expr)
+
+
+@lru_cache(maxsize=4096)
+def _from_sympy(e: Any) -> Expr:
+    if e.is_Integer:
+        return integer(int(e))
+    if e.is_Symbol:
+        return size(str(e))
+    if e.is_Add:
+        return add(*(_from_sympy(a) for a in e.args))
+    if e.is_Mul:
+        return product(_from_sympy(a) for a in e.args)
+    if e.is_Pow and e.exp.is_Integer and e.exp > 0:
+        return product(_from_sympy(e.base) for _ in range(int(e.exp)))
+    return generator(Expr("opaque", str(e)))
+
+
+def show_dim(e: Expr) -> int | str:
+    """Return a size as a number or as text such as ``s77`` or ``s77+8``, without blanks."""
+    n = as_int(e)
+    return n if n is not None else re.sub(r"\s", "", show(e))

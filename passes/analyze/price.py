@@ -1,0 +1,90 @@
+"""What a site costs at the example's sizes: FLOPs, bytes, and the gain that the cost model predicts for a rewrite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import sympy
+import torch
+from torch import fx
+
+from attnc import cost
+from attnc.ir import AttentionSpec, Bias, Dim
+from attnc.masks import Dense, Full, Mask
+
+TILE = 64
+"""Tokens per side of the tiles that are classed to estimate how much of a mask is alive."""
+
+
+def hints(graph: fx.Graph) -> dict[str, int]:
+    """Return the example's value of every symbolic size that the graph's inputs have."""
+    out: dict[str, int] = {}
+    for node in graph.nodes:
+        val = node.meta.get("val")
+        if node.op != "placeholder":
+            break
+        sizes = val.shape if isinstance(val, torch.Tensor) else (val,)
+        for n in sizes:
+            if isinstance(n, torch.SymInt) and n.node.expr.is_Symbol and n.node.hint is not None:
+                out[str(n.node.expr)] = int(n.node.hint)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """A site's sizes at the example: batch, query heads, key heads, queries, keys, feature sizes."""
+
+    b: int
+    h: int
+    hk: int
+    sq: int
+    sk: int
+    dqk: int
+    dv: int
+
+
+def sizes(spec: AttentionSpec, known: Mapping[str, int]) -> Sizes:
+    """Return the sizes of ``spec`` with symbols replaced by the example's values (an unknown symbol counts as 1)."""
+    q, k, v = (tuple(_value(n, tuple(sorted(known.items()))) for n in o.shape) for o in (spec.q, spec.k, spec.v))
+    return Sizes(q[0], q[1], k[1], q[2], k[2], q[3], v[3])
+
+
+@lru_cache(maxsize=4096)
+def _value(n: Dim, known: tuple[tuple[str, int], ...]) -> int:
+    if isinstance(n, int):
+        return n
+    free = dict(known)
+    e = sympy.sympify(n.replace("//", "/"), locals={s: sympy.Symbol(s) for s in free})
+    value = e.subs({sympy.Symbol(s): x for s, x in free.items()})
+    return max(1, int(value)) if value.is_number else 1
+
+
+def live(mask: Mask, sq: int, sk: int) -> float:
+    """Return the share of score tiles that hold a visible pair; run-time data counts as visible."""
+    rows, cols = (range(0, n, TILE) for n in (sq, sk))
+    if isinstance(mask, Full) or len(rows) * len(cols) > 1 << 16:
+        return 1.0
+    seen = sum(mask.classify((i, min(i + TILE, sq) - 1), (j, min(j + TILE, sk) - 1), sq, sk) != "skip" for i in rows for j in cols)
+    return seen / (len(rows) * len(cols))
+
+
+def price(spec: AttentionSpec, known: Mapping[str, int], fused: bool) -> cost.Cost:
+    """Count one forward pass of the site at the example's sizes."""
+    s = sizes(spec, known)
+    masked = bool(spec.mask.operands) or any(isinstance(x, Bias) for x in spec.scores)
+    return cost.site_cost(
+        b=s.b, h=s.h, hk=s.hk, sq=s.sq, sk=s.sk, dqk=s.dqk, dv=s.dv, dtype=spec.q.dtype, fused=fused, machine=cost.H200,
+        live=live(spec.mask, s.sq, s.sk), masked=masked,
+    )  # fmt: skip
+
+
+def gain(found: AttentionSpec, new: AttentionSpec, known: Mapping[str, int], target: str) -> float | None:
+    """Predict the model's own time over the rewritten site's; None for dtypes that are not measured."""
+    if new.q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    s = sizes(found, known)
+    masked = any(isinstance(x, Bias) for x in new.scores) or isinstance(new.mask, Dense)
+    share = live(new.mask, s.sq, s.sk) / live(found.mask, s.sq, s.sk) if new.mask != found.mask else 1.0
+    return cost.predict_gain(new.q.dtype, b=s.b, h=s.h, sq=s.sq, sk=s.sk, masked=masked, live=min(1.0, share), target=target.partition(":")[0])

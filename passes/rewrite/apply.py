@@ -1,0 +1,113 @@
+"""Put a found site into the graph as one ``attnc::attend`` node, and erase what computed it before."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnc import expr as E
+from attnc.editing import Builder, erase
+from attnc.errors import RewriteError
+from attnc.ir import AttentionSpec, Miss
+from attnc.passes.detect.found import Computed, Found
+from attnc.passes.rewrite.predicates import emit
+from attnc.printer import parse
+
+aten = torch.ops.aten
+_SWITCHES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode")
+
+
+class NoLinkError(Exception):
+    """A node of the working graph has no counterpart that holds its value in the user's graph."""
+
+
+class Rewriter:
+    """Apply sites to one captured graph: ``graph`` is edited, ``work`` was detected on, ``links`` map names of the latter to the former."""
+
+    def __init__(self, graph: fx.Graph, work: fx.Graph, links: Mapping[str, str]) -> None:
+        self.graph, self.links = graph, links
+        self.nodes = {n.name: n for n in graph.nodes}
+        self.work = {n.name: n for n in work.nodes}
+        self.build = Builder(graph)
+        self.order = {n.name: i for i, n in enumerate(graph.nodes)}
+        self.switches = [i for i, n in enumerate(graph.nodes) if any(s in str(n.target) for s in _SWITCHES)]
+
+    def resolve(self, name: str) -> fx.Node:
+        """Return the node of the edited graph for a node of the working graph.
+
+        Raises:
+            NoLinkError: there is none, or it was erased.
+        """
+        node = self.nodes.get(self.links.get(name, ""))
+        if node is None or node._erased:
+            raise NoLinkError(name)
+        return node
+
+    def blocked(self, found: Found) -> Miss | None:
+        """Say why the site cannot be edited in the user's graph, None if it can."""
+        site, anchor = found.match, found.anchor
+        try:
+            out = self.resolve(site.output)
+            sources = [self.resolve(r.source) for r in found.operands.values()]
+            for r in found.captured.values():
+                sources += [self.resolve(n) for n in leaves(r)]
+        except NoLinkError as e:
+            return Miss("no-link", str(e), "the value has no counterpart in the captured graph (an in-place op wrote to it, or it lives in a sub-graph)")
+        if any(s.name in self.order and self.order[s.name] >= self.order[out.name] for s in sources):
+            return Miss("operand-after-output", anchor, "an operand is made after the site's output")
+        first = min((self.order[n] for w in site.region if (n := self.links.get(w)) in self.order), default=self.order[out.name])
+        if any(first < i < self.order[out.name] for i in self.switches):
+            return Miss("crosses-switch", anchor, "the site spans a change of grad mode or autocast")
+        return None
+
+    def apply(self, found: Found, spec: AttentionSpec | None = None, stamp: Mapping[str, Any] | None = None) -> str:
+        """Replace the site's output by an ``attend`` node (with ``spec`` in place of the found one, if given).
+
+        Returns the name of the node that now holds the output's value.
+
+        Raises:
+            RewriteError: the old anchor is still alive afterwards.
+        """
+        spec = spec or found.match.spec
+        out = self.resolve(found.match.output)
+        like = self.nodes.get(self.links.get(found.anchor, ""), out)
+        b = self.build.before(out, stamp, like)
+        q, k, v = (b.apply(self.resolve(found.operands[n].source), found.operands[n].steps) for n in "qkv")
+        captured = [self._captured(found.captured[o.name], q) for o in spec.captured if o.name in found.captured]
+        node = b.call(torch.ops.attnc.attend.default, q, k, v, captured, str(spec))
+        value = b.call(operator.getitem, node, 0)
+        value = b.apply(value, found.result.steps)
+        want = out.meta["val"].dtype
+        if value.meta["val"].dtype != want:
+            value = b.call(aten.to.dtype, value, want)
+        out.replace_all_uses_with(value, propagate_meta=False)
+        erase(self.graph, [out])
+        self._assert_gone(found)
+        return value.name
+
+    def _captured(self, r: Any, q: fx.Node) -> fx.Node:
+        if isinstance(r, Computed):
+            return emit(r, self.build, self.resolve, self.work, q.meta["val"].device)
+        return self.build.apply(self.resolve(r.source), r.steps)
+
+    def _assert_gone(self, found: Found) -> None:
+        anchor = self.nodes.get(self.links.get(found.anchor, ""))
+        if anchor is not None and not anchor._erased and anchor is not self.nodes.get(self.links.get(found.match.output, "")):
+            users = [u.name for u in anchor.users]
+            raise RewriteError(f"{found.match.site.id}: expected the old softmax {anchor.name} to be gone, found it used by {users}")
+
+
+def leaves(r: Any) -> list[str]:
+    """Return the names of the tensors that a captured operand is made from, in the working graph."""
+    if isinstance(r, Computed):
+        return [e.args[0] for e in E.loads(r.value)]
+    return [r.source]
+
+
+def parsed(node: fx.Node) -> AttentionSpec:
+    """Return the spec of an ``attend`` node."""
+    return parse(str(node.args[4]))

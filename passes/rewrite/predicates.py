@@ -1,0 +1,103 @@
+"""Emit a symbolic condition as graph nodes: a bool tensor with one axis per role."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import fx
+
+from attnc import expr as E
+from attnc.editing import Builder
+from attnc.expr import Expr
+from attnc.passes.detect.found import Computed
+from attnc.passes.detect.layout import size_of, to_roles
+from attnc.passes.detect.views import At
+
+aten = torch.ops.aten
+Resolve = Callable[[str], fx.Node]
+
+
+def emit(c: Computed, build: Builder, resolve: Resolve, work: Mapping[str, fx.Node], device: torch.device) -> fx.Node:
+    """Return the node of ``c.value``; ``resolve`` maps names of the working graph to nodes of the edited one."""
+    out = _Emitter(c, build, resolve, work, device).predicate(c.value)
+    used = set(E.indices(c.value))
+    sizes = [size_of(a) if used & set(a) else E.ONE for a in c.axes]
+    return out if len(c.axes) == 4 else build.expand(out, [size_of(a) for a in c.axes]) if sizes else out
+
+
+class _Emitter:
+    def __init__(self, c: Computed, build: Builder, resolve: Resolve, work: Mapping[str, fx.Node], device: torch.device) -> None:
+        self.axes, self.build, self.resolve, self.work, self.device = c.axes, build, resolve, work, device
+
+    def predicate(self, e: Expr) -> fx.Node:
+        call = self.build.call
+        if e.op in ("and", "or"):
+            target = aten.bitwise_and.Tensor if e.op == "and" else aten.bitwise_or.Tensor
+            parts = [self.predicate(p) for p in e.args[0]]
+            out = parts[0]
+            for p in parts[1:]:
+                out = call(target, out, p)
+            return out
+        if e.op == "not":
+            inner = e.args[0]
+            if inner.op == "eq0":
+                return self._compare(inner.args[0], aten.ne.Scalar, aten.ne.Tensor)
+            return call(aten.bitwise_not.default, self.predicate(inner))
+        if e.op == "le0":
+            return self._compare(e.args[0], aten.le.Scalar, aten.le.Tensor)
+        if e.op == "eq0":
+            return self._compare(e.args[0], aten.eq.Scalar, aten.eq.Tensor)
+        if e.op == "load":
+            return self._load(e)
+        if e.op in ("true", "false"):
+            return call(aten.full.default, [1] * len(self.axes), e.op == "true", dtype=torch.bool, device=self.device)
+        raise AssertionError(f"a {e.op} is no predicate that can be emitted")
+
+    def _load(self, e: Expr) -> fx.Node:
+        at = At(self.work[e.args[0]], e.args[1])
+        recipe = to_roles(at, self.axes, expand=False) or to_roles(at, self.axes)
+        assert recipe is not None, f"{e} was accepted by detection, but has no recipe"
+        return self.build.apply(self.resolve(recipe.source), recipe.steps)
+
+    def _compare(self, p: Expr, scalar: Callable[..., object], tensor: Callable[..., object]) -> fx.Node:
+        """Emit ``p <op> 0``, as ``terms <op> -constant``."""
+        const = sum(c for m, c in E.terms(p) if not m)
+        rest = E.sub(p, E.integer(const))
+        return self.build.call(scalar, self.number(rest), -const)
+
+    def number(self, p: Expr) -> fx.Node:
+        """Emit an integer polynomial that varies along some axis."""
+        call = self.build.call
+        total: fx.Node | None = None
+        loose = E.ZERO
+        for mono, c in E.terms(p):
+            varying = [g for g in mono if g.op in ("index", "load")]
+            if not varying:
+                loose = E.add(loose, E.mul(E.integer(c), E.product(E.generator(g) for g in mono)))
+                continue
+            part = self._generator(varying[0])
+            for g in varying[1:]:
+                part = call(aten.mul.Tensor, part, self._generator(g))
+            factor = self.build.size(E.mul(E.integer(c), E.product(E.generator(g) for g in mono if g not in varying)))
+            if factor != 1:
+                part = call(aten.mul.Scalar, part, factor)
+            total = part if total is None else call(aten.add.Tensor, total, part)
+        assert total is not None, f"{p} varies along no axis"
+        return total if loose == E.ZERO else call(aten.add.Scalar, total, self.build.size(loose))
+
+    def _generator(self, g: Expr) -> fx.Node:
+        if g.op == "load":
+            return self._load(g)
+        axis = next(i for i, atoms in enumerate(self.axes) if g in atoms)
+        atoms = self.axes[axis]
+        call, size = self.build.call, self.build.size
+        x = call(aten.arange.default, size(size_of(atoms)), device=self.device)
+        below = E.product(a.args[1] for a in atoms[atoms.index(g) + 1 :])
+        if below != E.ONE:
+            x = call(aten.div.Scalar_mode, x, size(below), rounding_mode="floor")
+        if atoms.index(g) > 0:
+            x = call(aten.remainder.Scalar, x, size(g.args[1]))
+        shape = [E.ONE] * len(self.axes)
+        shape[axis] = size_of(atoms)
+        return self.build.reshape(x, shape)
