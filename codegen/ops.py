@@ -1,0 +1,287 @@
+"""The operator ``attnc::attend``: one attention site as one graph node, on every device, with a gradient.
+
+``attend(q, k, v, captured, spec)`` runs the spec whose text it is given and returns ``(out, lse)``.  Layouts
+are those of ``attnc.ir``: q ``[B, H, Sq, Dqk]``, k ``[B, Hkv, Sk, Dqk]``, v ``[B, Hkv, Sk, Dv]``; out
+``[B, H, Sq, Dv]`` in q's dtype, lse ``[B, H, Sq]`` (natural log; fp64 for fp64 inputs, else fp32).  The spec
+executed is the implementation everywhere; on CUDA the emitted Triton kernel takes its place where it can run.
+
+Forward-mode derivatives (``torch.func.jvp``) and ``torch.func.grad`` do not pass through a custom operator:
+PyTorch returns zeros for the first and raises for the second.  ``execute`` is the same function in
+differentiable torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnc.errors import UnsupportedError
+from attnc.ir import AttentionSpec, Bias, Gain, Scale, Softcap, Step
+from attnc.masks import Full, Grid
+from attnc.printer import parse
+
+_FORWARD = "(Tensor q, Tensor k, Tensor v, Tensor[] captured, str spec) -> (Tensor, Tensor)"
+_BACKWARD = (
+    "(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor[] captured, str spec, bool[] needs)"
+    " -> Tensor[]"
+)
+
+
+def execute(
+    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor]:
+    """Run ``spec`` in plain torch as ``spec(...)`` does, but never expand grouped keys and values.
+
+    Raises:
+        UnsupportedError: the spec has dropout, for which the operator has no seed.
+        ValueError: head counts or the number of captured tensors are not the spec's.
+    """
+    _check(spec, q, k, v, captured)
+    named = {o.name: t for o, t in zip(spec.captured, captured, strict=True)}
+    states, _ = _scores(spec, q, k, named)
+    weights, lse = spec.norm.apply(states[-1], named)
+    out = _stack(weights, k) @ v.to(weights.dtype)
+    return out.view(*q.shape[:3], v.shape[3]).to(q.dtype), lse.contiguous()
+
+
+def _stack(x: Tensor, k: Tensor) -> Tensor:
+    """Stack the query heads of each key/value head along the queries: ``[B, Hkv, group * Sq, D]``."""
+    b, h, sq, d = x.shape
+    hkv = k.shape[1]
+    return x.reshape(b, hkv, h // hkv * sq, d)
+
+
+def _scores(
+    spec: AttentionSpec, q: Tensor, k: Tensor, named: dict[str, Tensor]
+) -> tuple[list[Tensor], Tensor | None]:
+    """Return the scores ``[B, H, Sq, Sk]`` before the first step, after each, and filled; and the kept."""
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    s = _stack(q.to(work), k) @ k.to(work).transpose(-2, -1)
+    states = [s.view(*q.shape[:3], k.shape[2])]
+    for step in spec.scores:
+        states.append(step.apply(states[-1], named))
+    if isinstance(spec.mask, Full):
+        return [*states, states[-1]], None
+    keep = spec.mask.keep(Grid(q.shape[2], k.shape[2], q.device, named))
+    return [*states, spec.fill.apply(states[-1], keep)], keep
+
+
+def _check(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor]) -> None:
+    """Raise if a call does not fit the spec; sizes may differ from the traced ones, head counts may not."""
+    if spec.dropout:
+        raise UnsupportedError(
+            f"attnc::attend has no seed yet: expected dropout 0, found {spec.dropout} in {spec}"
+        )
+    if len(captured) != len(spec.captured):
+        raise ValueError(f"{spec}: expected {len(spec.captured)} captured tensors, found {len(captured)}")
+    if q.shape[1] != k.shape[1] * spec.group_size or v.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"attnc::attend: expected q [B, {spec.group_size} * Hkv, Sq, Dqk], k [B, Hkv, Sk, Dqk] and"
+            f" v [B, Hkv, Sk, Dv], found q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+        )
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("attnc::attend", mutates_args=(), schema=_FORWARD)
+def attend(q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], spec: str) -> tuple[Tensor, Tensor]:
+    """Run the spec with this text; see the module for layouts and results."""
+    return execute(parse(spec), q, k, v, captured)
+
+
+@attend.register_fake
+def _attend_fake(
+    q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], spec: str
+) -> tuple[Tensor, Tensor]:
+    b, h, sq, _ = q.shape
+    return q.new_empty((b, h, sq, v.shape[3])), q.new_empty((b, h, sq), dtype=_lse_dtype(q))
+
+
+@torch.library.custom_op("attnc::attend_backward", mutates_args=(), schema=_BACKWARD)
+def attend_backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor],
+    spec: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Return the gradients of those of (q, k, v, *captured) that ``needs`` marks, in that order.
+
+    The spec is run again: weights come from the scores and never from the log-sum-exp, so a row of large
+    negative fills keeps its 1/n.  A gradient of None stands for zeros.
+    Source: FlashAttention (arXiv:2205.14135), appendix B.4, with ``d lse / d s = weights`` added.
+    """
+    grads = _gradients(parse(spec), q, k, v, captured, dout, dlse)
+    wanted = (
+        pair for pair, need in zip(zip((q, k, v, *captured), grads, strict=True), needs, strict=True) if need
+    )
+    return [g.to(x.dtype, memory_format=torch.contiguous_format, copy=True) for x, g in wanted]
+
+
+def _gradients(
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor],
+    dout: Tensor | None,
+    dlse: Tensor | None,
+) -> list[Tensor]:
+    """Return the gradients of q, k, v and the captured tensors (zeros for masks), in working precision."""
+    _check(spec, q, k, v, captured)
+    named = {o.name: t for o, t in zip(spec.captured, captured, strict=True)}
+    states, keep = _scores(spec, q, k, named)
+    weights, lse = spec.norm.apply(states[-1], named)
+    work = weights.dtype
+    dy = (
+        torch.zeros((*q.shape[:3], v.shape[3]), dtype=work, device=q.device)
+        if dout is None
+        else dout.to(work)
+    )
+    dw = (_stack(dy, k) @ v.to(work).transpose(-2, -1)).view_as(weights)
+    row = -(dw * weights).sum(-1) if dlse is None else dlse.to(work) - (dw * weights).sum(-1)
+    sums = {name: torch.zeros_like(t, dtype=work) for name, t in named.items()}
+    if isinstance(spec.norm.sink, str):
+        sink = named[spec.norm.sink].to(work).view(1, -1, 1)
+        sums[spec.norm.sink] += (torch.exp(sink - lse) * row).sum((0, 2))
+    ds = weights * (dw + row[..., None])
+    if keep is not None and spec.fill.how == "replace":
+        ds = ds.masked_fill(~keep, 0.0)
+    for step, before in zip(reversed(spec.scores), reversed(states[:-2]), strict=True):
+        ds = _pull_back(step, before, ds, named, sums)
+    ds = _stack(ds, k)
+    dq = (ds @ k.to(work)).view_as(q)
+    dk = ds.transpose(-2, -1) @ _stack(q.to(work), k)
+    dv = _stack(weights, k).transpose(-2, -1) @ _stack(dy, k)
+    return [dq, dk, dv, *sums.values()]
+
+
+def _pull_back(
+    step: Step, before: Tensor, ds: Tensor, named: dict[str, Tensor], sums: dict[str, Tensor]
+) -> Tensor:
+    """Return the gradient of the scores ``before`` a step from that after; add an operand's to ``sums``."""
+    match step:
+        case Scale(factor):
+            return ds * factor
+        case Softcap(cap):
+            return ds * (1 - torch.tanh(before / cap) ** 2)
+        case Bias(operand, sign):
+            sums[operand] += sign * ds.sum_to_size(named[operand].shape)
+            return ds
+        case Gain(operand):
+            sums[operand] += (ds * before).sum_to_size(named[operand].shape)
+            return ds * named[operand].to(ds.dtype)
+        case _:
+            raise UnsupportedError(
+                f"attnc::attend_backward: expected a step with a known derivative, found {step}"
+            )
+
+
+@attend_backward.register_fake
+def _backward_fake(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor],
+    spec: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    pairs = zip((q, k, v, *captured), needs, strict=True)
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x, need in pairs if need]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, captured, spec = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *captured)
+    ctx.spec = spec
+
+
+def _autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, *captured = ctx.saved_tensors
+    wants_captured = ctx.needs_input_grad[3]
+    flags = wants_captured if isinstance(wants_captured, (list, tuple)) else [wants_captured] * len(captured)
+    needs = [*ctx.needs_input_grad[:3], *flags]
+    if dout is None and dlse is None:
+        return None, None, None, [None] * len(captured), None
+    found = iter(torch.ops.attnc.attend_backward(dout, dlse, q, k, v, captured, ctx.spec, needs))
+    grads = [next(found) if need else None for need in needs]
+    return grads[0], grads[1], grads[2], grads[3:], None
+
+
+attend.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@attend.register_vmap
+def _attend_vmap(
+    info: Any, in_dims: tuple[Any, ...], *args: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """Fold the mapped dimension into the batch where every tensor has one, else call once per element."""
+    q, k, v, captured, text = args
+    n, spec = info.batch_size, parse(text)
+    dims = _flat_dims(in_dims, len(captured))
+    if any(d is not None and o.axes[:1] != "b" for d, o in zip(dims[3:], spec.captured, strict=True)):
+        return _attend_loop(n, dims, q, k, v, captured, text)
+    batch = q.shape[0] if dims[0] is None else q.movedim(dims[0], 0).shape[1]
+    folded = [_fold(x, d, n, batch) for x, d in zip((q, k, v), dims, strict=False)]
+    rest = [
+        x if d is None and (o.axes[:1] != "b" or x.shape[0] == 1) else _fold(x, d, n, batch)
+        for x, d, o in zip(captured, dims[3:], spec.captured, strict=True)
+    ]
+    out, lse = torch.ops.attnc.attend(*folded, rest, text)
+    return (out.unflatten(0, (n, batch)), lse.unflatten(0, (n, batch))), (0, 0)
+
+
+def _flat_dims(in_dims: tuple[Any, ...], count: int) -> list[int | None]:
+    """Return one mapped dimension (None: not mapped) for each of q, k, v and ``count`` captured tensors."""
+    captured = in_dims[3] if isinstance(in_dims[3], (list, tuple)) else [in_dims[3]] * count
+    return [*in_dims[:3], *captured]
+
+
+def _fold(x: Tensor, dim: int | None, n: int, batch: int) -> Tensor:
+    """Return ``[n * batch, ...]`` from a tensor mapped at ``dim``; a batch of 1 is spread."""
+    x = x.expand(n, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.expand(n, batch, *x.shape[2:]).flatten(0, 1)
+
+
+def _attend_loop(
+    n: int, dims: Sequence[int | None], q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], spec: str
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    results = []
+    for i in range(n):
+        one = [x if d is None else x.select(d, i) for x, d in zip((q, k, v, *captured), dims, strict=True)]
+        results.append(torch.ops.attnc.attend(*one[:3], one[3:], spec))
+    return (torch.stack([o for o, _ in results]), torch.stack([s for _, s in results])), (0, 0)
+
+
+@attend_backward.register_vmap
+def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
+    """Call once per element: batched gradients (``is_grads_batched``) are for Jacobians, not for speed."""
+    dout, dlse, q, k, v, captured, spec, needs = args
+    captured_dims = in_dims[5] if isinstance(in_dims[5], (list, tuple)) else [in_dims[5]] * len(captured)
+    tensors, dims = [dout, dlse, q, k, v, *captured], [*in_dims[:5], *captured_dims]
+    rows = []
+    for i in range(info.batch_size):
+        one = [x if d is None or x is None else x.select(d, i) for x, d in zip(tensors, dims, strict=True)]
+        rows.append(torch.ops.attnc.attend_backward(*one[:5], one[5:], spec, needs))
+    return [torch.stack(column) for column in zip(*rows, strict=True)], [0] * len(rows[0])
+
+
+@attend.register_kernel("cuda")
+def _attend_cuda(
+    q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], spec: str
+) -> tuple[Tensor, Tensor]:
+    """Run the emitted Triton kernel, or the spec itself where no kernel can serve it."""
+    from attnc.codegen.triton.launch import run
+
+    return run(parse(spec), q, k, v, captured)

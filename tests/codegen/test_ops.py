@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from attnc.codegen.ops import execute
+from attnc.errors import UnsupportedError
+from attnc.ir import AttentionSpec, Bias, Fill, Gain, Operand, Scale, Softcap, Softmax
+from attnc.masks import CAUSAL, Band, Dense, Full, Mask, Padding, both
+
+B, H, HKV, SQ, SK, D, DV = 2, 4, 2, 5, 7, 8, 6
+MIN = torch.finfo(torch.float32).min
+
+
+def make_spec(
+    dtype: torch.dtype = torch.float64, *, scores=(Scale(0.35),), mask: Mask = Full(), **rest
+) -> AttentionSpec:
+    group = rest.pop("group", 2)
+    q = Operand("q", "bhqd", ("b", HKV * group, "s", D), dtype)
+    k, v = (Operand(n, a, ("b", HKV, "t", d), dtype) for n, a, d in (("k", "bhkd", D), ("v", "bhke", DV)))
+    return AttentionSpec(q, k, v, group, scores, mask, **rest)
+
+
+def capture(
+    *, bias=False, gain=False, pad=False, dense=False, sink=False, dtype=torch.float64
+) -> tuple[Operand, ...]:
+    rows = (
+        (bias, "bias", "bhqk", (1, H, "s", "t"), dtype),
+        (gain, "gain", "bhqk", (1, H, 1, 1), dtype),
+        (pad, "pad", "bk", ("b", "t"), torch.bool),
+        (dense, "dense", "bhqk", ("b", 1, "s", "t"), torch.bool),
+        (sink, "sink", "h", (H,), dtype),
+    )
+    return tuple(Operand(*row[1:]) for row in rows if row[0])
+
+
+CASES = {
+    "plain": make_spec(),
+    "ungrouped": make_spec(group=1),
+    "causal": make_spec(mask=CAUSAL),
+    "window-end": make_spec(mask=Band(2, 0, "end"), fill=Fill(MIN)),
+    "padding": make_spec(
+        mask=both(CAUSAL, Padding("pad")), fill=Fill(-1e4, "add"), captured=capture(pad=True)
+    ),
+    "softcap-bias": make_spec(
+        scores=(Scale(0.3), Softcap(2.0), Bias("bias", -1)), captured=capture(bias=True)
+    ),
+    "gain-dense-safe": make_spec(
+        scores=(Gain("gain"),),
+        mask=Dense("dense"),
+        norm=Softmax(safe=True),
+        captured=capture(gain=True, dense=True),
+    ),
+    "sink": make_spec(mask=CAUSAL, norm=Softmax(sink="sink"), captured=capture(sink=True)),
+    "sink-number": make_spec(norm=Softmax(sink=0.0)),
+}
+
+
+def draw(spec: AttentionSpec, *, seed: int = 0, grad: bool = False, b: int = B, sq: int = SQ, sk: int = SK):
+    g = torch.Generator().manual_seed(seed)
+    h, dtype = HKV * spec.group_size, spec.q.dtype
+    shapes = [(b, h, sq, D), (b, HKV, sk, D), (b, HKV, sk, DV)]
+    q, k, v = (
+        torch.randn(s, generator=g, dtype=torch.float64).to(dtype).requires_grad_(grad) for s in shapes
+    )
+    sizes = {"b": b, "s": sq, "t": sk}
+    captured = []
+    for o in spec.captured:
+        shape = tuple(sizes.get(d, d) for d in o.shape)
+        if o.dtype == torch.bool:
+            x = torch.rand(shape, generator=g) < 0.7
+            x[0] = False  # a whole batch entry, or whole rows, see nothing
+        else:
+            x = torch.randn(shape, generator=g, dtype=torch.float64).to(o.dtype).requires_grad_(grad)
+        captured.append(x)
+    return q, k, v, captured
+
+
+def op(spec: AttentionSpec, q, k, v, captured):
+    return torch.ops.attnc.attend(q, k, v, captured, str(spec))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attend_is_the_executed_spec(name: str) -> None:
+    spec = CASES[name]
+    q, k, v, captured = draw(spec)
+    for got, want in zip(op(spec, q, k, v, captured), spec(q, k, v, tuple(captured)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_the_executed_spec(name: str) -> None:
+    spec = dataclasses.replace(CASES[name], norm=dataclasses.replace(CASES[name].norm, safe=False))
+    runs = []
+    for run in (op, lambda s, q, k, v, c: s(q, k, v, tuple(c))):
+        q, k, v, captured = draw(spec, grad=True)
+        captured = [c | True if c.dtype == torch.bool and "dense" in str(spec.mask) else c for c in captured]
+        out, lse = run(spec, q, k, v, captured)
+        weight = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view_as(out)
+        ((out * weight).sum() + (lse * weight[..., 0]).sum()).backward()
+        runs.append([x.grad for x in (q, k, v, *captured) if x.dtype != torch.bool])
+    for got, want in zip(*runs, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["causal", "softcap-bias", "sink"])
+def test_gradcheck_in_fp64(name: str) -> None:
+    spec = CASES[name]
+    q, k, v, captured = draw(spec, grad=True, b=1, sq=2, sk=3)
+    captured = [c[:, :, :2, :3].detach().requires_grad_() if c.dim() == 4 else c for c in captured]
+    assert torch.autograd.gradcheck(lambda *x: op(spec, *x[:3], list(x[3:])), (q, k, v, *captured))
+
+
+def test_a_safe_row_without_keys_has_zero_output_and_zero_gradients() -> None:
+    spec = make_spec(mask=Padding("pad"), norm=Softmax(safe=True), captured=capture(pad=True))
+    q, k, v, captured = draw(spec, grad=True)
+    out, lse = op(spec, q, k, v, captured)
+    out.sum().backward()
+    assert (out[0] == 0).all()
+    assert (lse[0] == -math.inf).all()
+    for x in (q, k, v):
+        assert x.grad is not None
+        assert x.grad.isfinite().all()
+        assert (x.grad[0] == 0).all()
+
+
+def test_a_row_of_finite_fills_spreads_over_all_keys_forward_and_backward() -> None:
+    spec = make_spec(torch.float32, mask=Padding("pad"), fill=Fill(MIN), captured=capture(pad=True))
+    q, k, v, captured = draw(spec, grad=True)
+    out, _ = op(spec, q, k, v, captured)
+    out[0].sum().backward()
+    torch.testing.assert_close(out[0], v[0].mean(1, keepdim=True).repeat_interleave(2, 0).expand(H, SQ, DV))
+    torch.testing.assert_close(v.grad[0], torch.full_like(v[0], 2 * SQ / SK))
+
+
+def test_only_the_inputs_that_need_a_gradient_get_one() -> None:
+    spec = CASES["softcap-bias"]
+    q, k, v, (bias,) = draw(spec)
+    bias.requires_grad_()
+    out, _ = op(spec, q, k, v, [bias])
+    out.sum().backward()
+    assert bias.grad is not None
+    assert (q.grad, k.grad, v.grad) == (None, None, None)
+
+
+def test_grouped_keys_and_values_are_not_expanded() -> None:
+    spec = make_spec(torch.float32, group=16, mask=CAUSAL)
+    q, k, v, _ = draw(spec, sq=1, sk=512)
+    with (
+        torch.utils._python_dispatch._disable_current_modes(),
+        torch.profiler.profile(profile_memory=True) as seen,
+    ):
+        execute(spec, q, k, v)
+    most = max(e.cpu_memory_usage for e in seen.events())
+    # the scores [B, 32, 1, 512] and the mask are the largest things made; expanded keys would be D times the scores
+    assert most <= 2 * B * 32 * 512 * 8
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name: str) -> None:
+    spec = CASES[name]
+    for grad in (False, True):
+        q, k, v, captured = draw(spec, grad=grad)
+        captured = [c | True if c.dtype == torch.bool else c for c in captured]
+        torch.library.opcheck(torch.ops.attnc.attend.default, (q, k, v, captured, str(spec)))
+
+
+def test_opcheck_of_the_backward() -> None:
+    spec = CASES["softcap-bias"]
+    q, k, v, captured = draw(spec)
+    out, lse = op(spec, q, k, v, captured)
+    for dout, dlse in ((out, lse), (out, None), (None, lse)):
+        args = (dout, dlse, q, k, v, captured, str(spec), [True, False, True, True])
+        torch.library.opcheck(torch.ops.attnc.attend_backward.default, args)
+
+
+def test_lse_is_fp32_for_half_inputs_and_out_keeps_the_dtype() -> None:
+    for dtype, want in (
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float64),
+    ):
+        spec = make_spec(dtype)
+        out, lse = op(spec, *draw(spec))
+        assert (out.dtype, lse.dtype) == (dtype, want)
+
+
+@pytest.mark.parametrize("name", ["padding", "softcap-bias", "sink", "plain"])
+def test_vmap_equals_a_loop(name: str) -> None:
+    spec = CASES[name]
+    drawn = [draw(spec, seed=s) for s in range(3)]
+    q, k, v = (torch.stack([d[i] for d in drawn]) for i in range(3))
+    captured = [torch.stack([d[3][i] for d in drawn]) for i in range(len(spec.captured))]
+    got = torch.vmap(lambda q, k, v, *c: op(spec, q, k, v, list(c)))(q, k, v, *captured)
+    want = [torch.stack(x) for x in zip(*(op(spec, *d) for d in drawn), strict=True)]
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-13, atol=1e-13)
+
+
+def test_vmap_over_the_queries_alone() -> None:
+    spec = CASES["padding"]
+    _, k, v, captured = draw(spec)
+    q = torch.stack([draw(spec, seed=s)[0] for s in range(3)], dim=2)
+    got, _ = torch.vmap(lambda q: op(spec, q, k, v, captured), in_dims=2, out_dims=1)(q)
+    for i in range(3):
+        torch.testing.assert_close(
+            got[:, i], op(spec, q.select(2, i), k, v, captured)[0], rtol=1e-13, atol=1e-13
+        )
+
+
+def test_exported_program_keeps_the_op_and_its_dynamic_sizes() -> None:
+    spec = CASES["causal"]
+
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v):
+            return op(spec, q, k, v, [])[0]
+
+    q, k, v, _ = draw(spec)
+    dims = {1: None, 3: None, 0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO}
+    program = torch.export.export(Model(), (q, k, v), dynamic_shapes=(dims, dims, dims), strict=False)
+    assert [n.target for n in program.graph.nodes].count(torch.ops.attnc.attend.default) == 1
+    q, k, v, _ = draw(spec, seed=1, b=3, sq=11, sk=4)
+    torch.testing.assert_close(program.module()(q, k, v), op(spec, q, k, v, [])[0], equal_nan=True)
+
+
+def test_dropout_is_refused() -> None:
+    spec = make_spec(dropout=0.1)
+    with pytest.raises(UnsupportedError, match=r"expected dropout 0, found 0\.1"):
+        op(spec, *draw(spec))
+
+
+def test_wrong_heads_and_wrong_captured_are_refused() -> None:
+    spec = CASES["plain"]
+    q, k, v, _ = draw(spec)
+    with pytest.raises(ValueError, match=r"expected q \[B, 2 \* Hkv"):
+        op(spec, q[:, :3], k, v, [])
+    with pytest.raises(ValueError, match="expected 0 captured tensors, found 1"):
+        op(spec, q, k, v, [q])
