@@ -1,0 +1,285 @@
+"""Capture models as graphs: ahead of time through ``torch.export``, or piece by piece as a Dynamo backend.
+
+Ahead of time, ``graph`` is the exported program's own graph: before autograd, with ``linear``, ``layer_norm``
+and ``softmax`` whole, almost functional.  ``work`` is the same program with an empty decomposition table,
+which makes it functional, and links lead back.  The Dynamo door is in ``capture_dynamo``.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from attnc import logs
+from attnc.capture_alias import bypass, hidden_writes
+from attnc.capture_dynamo import backend, make_backend
+from attnc.capture_links import link_nodes
+from attnc.capture_trial import describe, trial, unchanged
+from attnc.capture_types import Captured, Door
+from attnc.errors import CaptureError
+
+__all__ = [
+    "Captured",
+    "backend",
+    "capture_export",
+    "capture_exported",
+    "capture_graph_module",
+    "make_backend",
+]
+
+log = logs.get("capture")
+
+_WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+_MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION, OutputKind.PARAMETER_MUTATION)
+
+
+def capture_export(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = "auto",
+) -> Captured:
+    """Capture ``model`` ahead of time with these example inputs; neither it nor the random state is changed.
+
+    ``dynamic_shapes``: "auto" lets every size of every tensor input vary that can, and falls back to fixed
+    sizes with a warning; None fixes all sizes; anything else goes to ``torch.export`` as it is.
+
+    Raises:
+        CaptureError: the forward fails on these inputs (with the model's own error and where it arose), or it
+            runs
+            but cannot be captured as one graph.
+    """
+    _check_inputs(model, args, kwargs)
+    kwargs = dict(kwargs or {})
+    trial(model, args, kwargs)
+    _register_caches(model)
+    notes: list[str] = []
+    start = time.perf_counter()
+    exported = _export(model, args, kwargs, dynamic_shapes, notes)
+    return _captured(exported, "export", time.perf_counter() - start, notes)
+
+
+def capture_exported(program: ExportedProgram) -> Captured:
+    """Capture an ExportedProgram; it stays as it was, since a copy of its graph is edited."""
+    return _captured(_copy_program(program), "export", 0.0, [])
+
+
+def capture_graph_module(
+    module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+) -> Captured:
+    """Capture an ``fx.GraphModule`` by exporting it, which leaves it as it was.  Raises as capture_export."""
+    captured = capture_export(module, args, kwargs)
+    captured.door = "graph"
+    return captured
+
+
+def _check_inputs(model: object, args: object, kwargs: object) -> None:
+    """Raise a CaptureError that names what was expected, unless these can be a model and its inputs."""
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"capture: expected a torch.nn.Module, found {type(model).__name__}")
+    if not isinstance(args, tuple):
+        raise CaptureError(
+            f"capture: expected args as a tuple, found {type(args).__name__}; for one input, (x,)"
+        )
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise CaptureError(f"capture: expected kwargs as a dict, found {type(kwargs).__name__}")
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, notes: list[str]
+) -> ExportedProgram:
+    """Export with the shapes asked for; "auto" tries free sizes first, and notes it when they cannot be."""
+    if isinstance(dynamic_shapes, torch.export.ShapesCollection):  # it knows the user's tensors by identity
+        return _export_once(model, args, kwargs, dynamic_shapes)
+    args, kwargs = _unmarked(args, kwargs)
+    if dynamic_shapes != "auto":
+        return _export_once(model, args, kwargs, dynamic_shapes)
+    free_args, free_kwargs = _unmarked(args, kwargs)
+    try:
+        return _export_once(model, free_args, free_kwargs, _free_shapes(model, free_args, free_kwargs))
+    except CaptureError as error:
+        reason = str(error.__cause__).strip().splitlines()
+        exported = _export_once(model, args, kwargs, None)
+        notes.append(
+            f"capture: all sizes are fixed, because free sizes failed: {reason[0] if reason else error}"
+        )
+        return exported
+
+
+def _export_once(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> ExportedProgram:
+    """Export as under training, so that the graph marks the parts that the model runs without gradients."""
+    with unchanged(model), _quiet(), torch.inference_mode(False), torch.enable_grad():
+        try:
+            return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=dynamic_shapes)
+        except Exception as error:  # export raises nearly every type there is
+            raise CaptureError(
+                f"{type(model).__name__}: its forward runs, but could not be captured as one graph\n"
+                f"  expected: a forward that torch.export can follow for {describe(args, kwargs)}\n"
+                f"  found: {type(error).__name__}: {error}\n"
+                "  try: attnc.optimize(model) with no inputs, which captures piece by piece at the first call"
+            ) from error
+
+
+def _unmarked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the inputs as new tensor objects, since torch.export leaves marks on those it is given.
+
+    Tensors made in inference mode are copied, since the capture is made as under training.
+    """
+    seen: dict[int, torch.Tensor] = {}
+
+    def one(t: torch.Tensor) -> torch.Tensor:
+        if id(t) not in seen:
+            seen[id(t)] = t.clone() if t.is_inference() else t.detach().requires_grad_(t.requires_grad)
+        return seen[id(t)]
+
+    with torch.inference_mode(False):
+        new: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(torch.Tensor, one, (args, kwargs))
+    return new
+
+
+def _free_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Let every size above 1 of every tensor vary; torch.export fixes those that the model needs fixed."""
+    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, torch.Tensor) and leaf.ndim:
+            shapes[leaf] = {i: torch.export.Dim.AUTO for i, n in enumerate(leaf.shape) if n > 1}
+    return shapes.dynamic_shapes(model, args, kwargs)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence torch's own FutureWarnings and DeprecationWarnings, which no user can act on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
+def _register_caches(model: nn.Module) -> None:
+    """Let transformers teach torch.export its cache classes, which a prefill returns."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None or not isinstance(model, modeling.PreTrainedModel):
+        return
+    try:
+        from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
+    except ImportError:  # before transformers 5.20 or so; a prefill that returns a cache is then not captured
+        log.info("this transformers has no exporters; caches are not registered")
+        return
+    register_cache_pytrees_for_model(model)
+
+
+def _copy_program(program: ExportedProgram) -> ExportedProgram:
+    """Return a program with its own graph, sub-graphs and signature, sharing all tensors."""
+    module = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
+    for name, child in program.graph_module.named_children():
+        setattr(module, name, copy.deepcopy(child))
+    return ExportedProgram(
+        root=module,
+        graph=module.graph,
+        graph_signature=copy.deepcopy(program.graph_signature),
+        state_dict=dict(program.state_dict),
+        range_constraints=dict(program.range_constraints),
+        module_call_graph=copy.deepcopy(program.module_call_graph),
+        example_inputs=program.example_inputs,
+        constants=dict(program.constants),
+        verifiers=program.verifiers,
+    )
+
+
+def _safe_to_functionalize(exported: ExportedProgram) -> ExportedProgram:
+    """Return the program, or a copy without dropouts through which functionalization would lose a write."""
+    if any(hidden_writes(exported.graph)):
+        exported = _copy_program(exported)
+        dropouts, others = hidden_writes(exported.graph)
+        if others:
+            raise CaptureError(
+                f"capture: {others[0].name} may return a view of its input, which the model then writes to\n"
+                f"  expected: a write that torch can follow; found one through {others[0].target}\n"
+                "  try: write it without the in-place operation"
+            )
+        bypass(dropouts)
+    return exported
+
+
+def _captured(exported: ExportedProgram, door: Door, export_seconds: float, notes: list[str]) -> Captured:
+    """Make the functional copy and gather what the passes need to know about the inputs."""
+    start = time.perf_counter()
+    source = _safe_to_functionalize(exported)
+    with _quiet():
+        functional = source.run_decompositions({})
+    seconds = {"export": export_seconds, "functionalize": time.perf_counter() - start}
+    mutated = _mutated_inputs(functional)
+    tensors, fqn = _live_tensors(functional, exported, mutated)
+    inputs = tuple(
+        s.arg.name for s in functional.graph_signature.input_specs if s.kind is InputKind.USER_INPUT
+    )
+    log.info(
+        "%d nodes captured in %.2f s, functional copy in %.2f s", len(exported.graph.nodes), *seconds.values()
+    )
+    return Captured(
+        door=door,
+        owner=exported.graph_module,
+        graph=exported.graph,
+        work=functional.graph,
+        links=link_nodes(exported.graph, functional.graph, mutated, source.graph),
+        tensors=tensors,
+        fqn=fqn,
+        user_inputs=inputs,
+        exported=exported,
+        static=fixed_sizes(functional.graph, inputs),
+        warnings=notes,
+        seconds=seconds,
+    )
+
+
+def _mutated_inputs(functional: ExportedProgram) -> frozenset[str]:
+    """Return the placeholder names of ``functional`` that the program writes to."""
+    signature = functional.graph_signature
+    targets = {s.target for s in signature.output_specs if s.kind in _MUTATIONS}
+    return frozenset(
+        s.arg.name
+        for s in signature.input_specs
+        if s.target in targets or (s.kind is InputKind.USER_INPUT and s.arg.name in targets)
+    )
+
+
+def _live_tensors(
+    functional: ExportedProgram, exported: ExportedProgram, mutated: frozenset[str]
+) -> tuple[dict[str, torch.Tensor | None], dict[str, str]]:
+    """Return placeholder name -> live tensor, and placeholder name -> qualified name."""
+    tensors: dict[str, torch.Tensor | None] = {}
+    fqn: dict[str, str] = {}
+    for spec in functional.graph_signature.input_specs:
+        if spec.kind not in _WEIGHTS or spec.target is None:
+            continue
+        value = exported.state_dict.get(spec.target, exported.constants.get(spec.target))
+        known = isinstance(value, torch.Tensor) and spec.arg.name not in mutated
+        tensors[spec.arg.name] = value if known else None
+        if spec.kind is not InputKind.CONSTANT_TENSOR:
+            fqn[spec.arg.name] = spec.target
+    return tensors, fqn
+
+
+def fixed_sizes(graph: fx.Graph, inputs: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the sizes of the named placeholders that are plain numbers, as ``"name dim i == n"``."""
+    texts = []
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and node.name in inputs and isinstance(value, torch.Tensor):
+            sizes = [n.node.expr if isinstance(n, torch.SymInt) else n for n in value.shape]
+            texts += [f"{node.name} dim {i} == {n}" for i, n in enumerate(sizes) if str(n).isdigit()]
+    return tuple(texts)

@@ -1,0 +1,332 @@
+"""Build what ``optimize`` returns: a clone of the user's module, on its tensors; its ``forward`` dispatches.
+
+The clone is an ordinary module: ``isinstance``, ``.config``, state dict keys, ``.train()``, ``.to()``, hooks
+on itself and ``save_pretrained`` are the class's own.  Only its instance attribute ``forward`` is ours.  It
+runs a captured program where one is valid for the call, captures a new one where none is, and runs the
+class's own forward in every other case: opaque arguments (caches), hooks on submodules, a capture that fails,
+too many kinds of call.
+
+A program knows the modules' ``training`` flags and tree, the weights' dtypes and devices, the arguments and
+autocast. It does not see other Python attributes change, such as ``model.dropout.p = 0.2`` after the first
+call.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from attnc import logs
+from attnc.capture_key import HOOKS, Tree, being_traced, harmless, kind, opaque
+from attnc.capture_program import Program
+from attnc.capture_trial import ForwardError
+from attnc.errors import CaptureError, CheckpointError
+
+log = logs.get("capture")
+
+Build = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], "ExportedProgram | None"]
+MAX_PROGRAMS = 8
+_CAPTURING = threading.RLock()  # torch.export sets flags of the whole process
+
+
+class HasWarnings(Protocol):
+    """Anything that keeps the user's warnings, as Report does."""
+
+    warnings: list[str]
+
+
+def clone_module(model: nn.Module) -> nn.Module:
+    """Copy ``model`` and its submodules, sharing every tensor: same class, same keys, no doubled memory.
+
+    Raises:
+        CaptureError: something the module holds cannot be copied.
+    """
+    memo: dict[int, Any] = {id(t): t for t in _tensors(model)}
+    forward = vars(model).get("forward")
+    if isinstance(forward, (Dispatcher, LazyForward)):
+        memo[id(forward)] = None
+    try:
+        clone = copy.deepcopy(model, memo)
+    except Exception as error:  # whatever the copied attributes raise
+        raise CaptureError(
+            f"{type(model).__name__}: expected a module that can be copied, as it is never changed;\n"
+            f"  found {type(error).__name__}: {error}"
+        ) from error
+    if isinstance(forward, (Dispatcher, LazyForward)):
+        del clone.__dict__["forward"]
+    return clone
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield every tensor that a module of the tree holds as parameter, buffer or plain attribute."""
+    for module in model.modules():
+        for holder in (module._parameters, module._buffers, vars(module)):
+            yield from (t for t in holder.values() if isinstance(t, torch.Tensor))
+
+
+def make_result(
+    model: nn.Module,
+    build: Build | None,
+    *,
+    lazy: Callable[..., Any] | None = None,
+    fallback: Callable[..., Any] | None = None,
+    report: HasWarnings,
+) -> nn.Module:
+    """Return a clone of ``model`` that runs captured programs; ``model`` itself is never changed.
+
+    ``build(plain_clone, args, kwargs)`` captures and edits a program for one kind of call; None means that
+    the class's own forward is to be used for it.  With ``lazy``, a Dynamo backend, the forward is compiled
+    piece by piece instead. ``fallback``, a Dynamo backend too, serves the kinds of call whose capture as a
+    whole fails.
+
+    Raises:
+        CaptureError: the module cannot be copied, or its ``forward`` was replaced on the instance.
+    """
+    if "forward" in vars(model) and not isinstance(vars(model)["forward"], (Dispatcher, LazyForward)):
+        raise CaptureError(
+            f"{type(model).__name__}: expected the class's own forward, found one set on the instance\n"
+            "  try: pass the module as it was before torch.compile or accelerate wrapped it, for example"
+        )
+    clone = clone_module(model)
+    forward: Dispatcher | LazyForward
+    if lazy is not None:
+        forward = LazyForward(clone, lazy)
+    else:
+        assert build is not None, "make_result needs build or lazy"
+        forward = Dispatcher(clone, build, report, fallback)
+    clone.__dict__["forward"] = forward
+    if hasattr(clone, "report") and "report" not in vars(clone):
+        report.warnings.append(f"{type(model).__name__} has an attribute 'report' of its own, which is kept")
+    else:
+        clone.__dict__["report"] = report
+    return clone
+
+
+class _InstanceForward:
+    """What both kinds of forward share: the class's forward, its signature, and no pickling."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._original = types.MethodType(type(model).forward, model)
+        self.__signature__ = inspect.signature(self._original)
+        self.__doc__ = self._original.__doc__
+        self.__code__ = inspect.unwrap(type(model).forward).__code__  # torch.export names its sources by it
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuse to be pickled: a captured program is no part of a pickle."""
+        raise CheckpointError(
+            f"an optimized {type(self._model).__name__} cannot be pickled\n"
+            "  try: attnc.save(fast, directory) and attnc.load(directory),"
+            " or torch.save(fast.state_dict(), path)"
+        )
+
+
+class LazyForward(_InstanceForward):
+    """The class's forward, compiled at the first call by a Dynamo backend."""
+
+    def __init__(self, model: nn.Module, backend: Callable[..., Any]) -> None:
+        super().__init__(model)
+        self._backend = backend
+        self._compiled = torch.compile(self._original, backend=backend)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the call as the class's forward would, in compiled pieces."""
+        return self._compiled(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LazyForward:
+        return LazyForward(memo.get(id(self._model), self._model), self._backend)
+
+
+class Dispatcher(_InstanceForward):
+    """Choose, for each call, a captured program or the class's own forward."""
+
+    def __init__(
+        self, model: nn.Module, build: Build, report: HasWarnings, fallback: Callable[..., Any] | None = None
+    ) -> None:
+        super().__init__(model)
+        self._build = build
+        self._backend = fallback
+        self._fallback = None if fallback is None else LazyForward(model, fallback)
+        self._report = report
+        self._told: set[str] = set()
+        parameters = self.__signature__.parameters.values()
+        self._positional = [
+            p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+        self._only_positional = sum(p.kind is p.POSITIONAL_ONLY for p in parameters)
+        self._named = {
+            p.name: p.default for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        }
+        self._takes_more = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        self._takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self._inherited: tuple[tuple[Any, ExportedProgram], ...] = ()
+        self._tree: Tree | None = None
+        self._programs: tuple[tuple[Any, Program], ...] = ()
+        self._original_keys: set[Any] = set()
+        self._failed_keys: set[Any] = set()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the call as the class's forward would, by a captured program where one is valid."""
+        call = self._canonical(args, kwargs)
+        tree = self._current_tree()
+        if call is None or tree is None:
+            return self._original(*args, **kwargs)
+        leaves, spec = pytree.tree_flatten(call, is_leaf=_is_no_container)
+        kinds = tuple([kind(leaf) for leaf in leaves])
+        if None in kinds:
+            self._tell(f"a call with an argument of type {opaque(leaves)} runs the original forward")
+            return self._original(*args, **kwargs)
+        key = (spec, kinds, tree.state())
+        program = self._find(key, leaves)
+        if program is None and not being_traced():
+            program = self._capture(key, leaves, call)
+        if program is not None:
+            return program(leaves)
+        if self._fallback is not None and not being_traced() and key in self._failed_keys:
+            return self._fallback(*args, **kwargs)
+        return self._original(*args, **kwargs)
+
+    def _canonical(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], Any] | None:
+        """Return ``(args, kwargs)`` in one form for all ways to write the call; None if it does not fit.
+
+        An argument that is None where None is the default is left out.
+        """
+        if len(args) > len(self._positional):
+            return (args, dict(kwargs)) if self._takes_more else None
+        given = dict(
+            zip(self._positional[self._only_positional :], args[self._only_positional :], strict=False)
+        )
+        for name in kwargs:
+            if name in given or not (name in self._named or self._takes_any):
+                return None
+        given.update(kwargs)
+        named = {
+            n: given[n]
+            for n, default in self._named.items()
+            if n in given and not (given[n] is None and default is None)
+        }
+        named.update({n: given[n] for n in sorted(given) if n not in self._named})
+        return args[: self._only_positional], named
+
+    def _current_tree(self) -> Tree | None:
+        """Return the module tree if programs may run on it now; None if the class's forward must run."""
+        tree = self._tree
+        if being_traced():
+            return tree
+        if tree is None or tree.changed():
+            with _CAPTURING:
+                tree = self._tree = Tree(self._model)
+                self._programs = tuple((key, Program(e, self._model)) for key, e in self._inherited)
+                self._inherited = ()
+                self._original_keys.clear()
+                self._failed_keys.clear()
+        hooked = tree.hooked()
+        if hooked is not None:
+            self._tell(
+                f"{hooked} has hooks, which a captured program would not call: the original forward runs"
+            )
+            return None
+        return None if torch._C._get_tracing_state() else tree
+
+    def _capture(self, key: Any, leaves: Sequence[Any], call: tuple[tuple[Any, ...], Any]) -> Program | None:
+        """Capture a program for this call; None if the class's own forward has to serve this kind of call."""
+        with _CAPTURING:
+            program = self._find(key, leaves)
+            if program is not None or key in self._original_keys:
+                return program
+            if len(self._programs) >= MAX_PROGRAMS:
+                self._tell(
+                    f"{MAX_PROGRAMS} programs are captured; further kinds of call run the original forward"
+                )
+                return None
+            program = self._build_program(key, leaves, call)
+            if program is None:
+                return None
+            self._programs = (*self._programs, (key, program))
+            return program
+
+    def _build_program(
+        self, key: Any, leaves: Sequence[Any], call: tuple[tuple[Any, ...], Any]
+    ) -> Program | None:
+        """Capture and edit a program for this call; remember the kind of call if that cannot be had."""
+        try:
+            exported = self._build(self._plain_clone(), *call)
+        except ForwardError:  # the caller runs the original forward, which raises the model's own error
+            return None
+        except CaptureError as error:
+            served = (
+                "the original forward runs"
+                if self._fallback is None
+                else "the forward is compiled piece by piece"
+            )
+            self._tell(f"{served}, because capture failed: {error}")
+            self._original_keys.add(key)
+            self._failed_keys.add(key)
+            return None
+        program = None if exported is None else Program(exported, self._model)
+        if program is not None and not program.valid(leaves):
+            self._tell(
+                "the original forward runs, because a program was not valid for the call it was captured from"
+            )
+            program = None
+        if program is None:
+            self._original_keys.add(key)
+        return program
+
+    def _find(self, key: Any, leaves: Sequence[Any]) -> Program | None:
+        """Return the first program for this kind of call that is valid for these sizes.
+
+        Compares and does not hash, since an outer torch.compile traces this.
+        """
+        for known, program in self._programs:
+            if known == key and program.valid(leaves):
+                return program
+        return None
+
+    def _plain_clone(self) -> nn.Module:
+        """Return the module as the class made it: without this forward and the hooks around it."""
+        plain = clone_module(self._model)
+        if vars(self._model).get("report") is self._report:
+            del plain.__dict__["report"]
+        for name in HOOKS:
+            hooks = getattr(plain, name)
+            for number in [n for n, hook in hooks.items() if not harmless(hook)]:
+                del hooks[number]
+        return plain
+
+    def _tell(self, text: str) -> None:
+        """Add one warning to the report, once."""
+        if being_traced() or text in self._told:
+            return
+        with _CAPTURING:
+            self._told.add(text)
+            log.warning("%s: %s", type(self._model).__name__, text)
+            self._report.warnings.append(text)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Dispatcher:
+        """Bind the same programs to the copied module, which is complete only when it is first called."""
+        model = memo.get(id(self._model), self._model)
+        other = Dispatcher(model, self._build, copy.deepcopy(self._report, memo), self._backend)
+        with _CAPTURING:
+            other._inherited = self._inherited + tuple((key, p.exported) for key, p in self._programs)
+        return other
+
+
+def _is_no_container(value: object) -> bool:
+    """Say whether ``value`` is passed as one thing.
+
+    Caches are, although torch can be taught to take them apart: a forward writes to the cache it is given,
+    and a program would write to a new one.
+    """
+    return not isinstance(value, (tuple, list, dict))
