@@ -70,6 +70,7 @@ class Session:
             plain = copy_program(program)
             lower(plain.graph, portable=True)
             fix_outputs(plain)
+            plain.graph_module.recompile()
             out.append(plain)
         return out
 
@@ -225,6 +226,7 @@ def _optimize_program(program: ExportedProgram, forms: Forms, target: str, verif
     report = Report(__version__, "ExportedProgram", target)
     _add(report, outcome, captured)
     assert outcome.runtime is not None
+    outcome.runtime.graph_module.recompile()
     fast = outcome.runtime.module()
     args, kwargs = program.example_inputs or ((), {})
     fast.__dict__["report"] = report
@@ -347,7 +349,12 @@ def _add(report: Report, outcome: Outcome, captured: Captured) -> None:
     """Add what one graph gave to a report; a site captured again keeps its first record."""
     known = {s.id for s in report.sites}
     report.sites += [r for r in outcome.records if r.id not in known]
-    report.stages += outcome.stages
+    for stage in outcome.stages:
+        same = next((s for s in report.stages if s.name == stage.name), None)
+        if same is None:
+            report.stages.append(stage)
+        else:
+            same.seconds += stage.seconds
     report.warnings += [w for w in captured.warnings if w not in report.warnings]
 
 

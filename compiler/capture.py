@@ -58,8 +58,7 @@ def capture_export(
 
     Raises:
         CaptureError: the forward fails on these inputs (with the model's own error and where it arose), or it
-            runs
-            but cannot be captured as one graph.
+            runs but cannot be captured as one graph.
     """
     _check_inputs(model, args, kwargs)
     kwargs = dict(kwargs or {})

@@ -152,20 +152,8 @@ def _to_aten(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Captured, tuple
     Raises:
         _Declined: the graph cannot be had this way.
     """
-    from torch._functorch.aot_autograd import aot_export_module
-
     start = time.perf_counter()
-    source = _safe_to_functionalize(gm)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the tracer's own, about its own doings
-            aten, signature = aot_export_module(source, tuple(inputs), trace_joint=False, pre_dispatch=True)
-    except (
-        Exception
-    ) as error:  # a tracer raises nearly every type; the graph is handed on, and the reason is told
-        lines = str(error).strip().splitlines() or [""]
-        raise _Declined(f"torch could not make it functional ({type(error).__name__}: {lines[0]})") from error
-    assert isinstance(aten, fx.GraphModule)
+    aten, signature = _functional(gm, inputs)
     given = [n for n in gm.graph.nodes if n.op == "placeholder"]
     _unlift(aten, gm, signature)
     placeholders = [n for n in aten.graph.nodes if n.op == "placeholder"]
@@ -191,6 +179,23 @@ def _to_aten(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Captured, tuple
         seconds={"export": time.perf_counter() - start, "functionalize": 0.0},
     )
     return captured, mutated
+
+
+def _functional(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, Any]:
+    """Return ``gm`` as functional ATen before autograd, and the signature that torch gives with it."""
+    from torch._functorch.aot_autograd import aot_export_module  # private: the only use of it is here
+
+    source = _safe_to_functionalize(gm)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the tracer's own, about its own doings
+            aten, signature = aot_export_module(source, tuple(inputs), trace_joint=False, pre_dispatch=True)
+    # A tracer raises nearly every type there is.  The graph is handed on as it was, and the reason is told.
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise _Declined(f"torch could not make it functional ({type(error).__name__}: {lines[0]})") from error
+    assert isinstance(aten, fx.GraphModule)
+    return aten, signature
 
 
 def _safe_to_functionalize(gm: fx.GraphModule) -> fx.GraphModule:

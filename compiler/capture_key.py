@@ -36,7 +36,7 @@ class Tree:
         self._hooks: list[tuple[str, dict[int, Any]]] = [
             (n, getattr(m, hooks)) for n, m in named if n for hooks in HOOKS
         ]
-        self._slots = [(d, n) for m in self._modules for d in (m._parameters, m._buffers) for n in d]
+        self._tables = [table for m in self._modules for table in (m._parameters, m._buffers)]
 
     def changed(self) -> bool:
         """Say whether a submodule was added, removed or replaced."""
@@ -53,7 +53,7 @@ class Tree:
 
     def state(self) -> tuple[Any, ...]:
         """Return what a program depends on: training flags, the weights' dtypes and devices, autocast."""
-        weights = [(t.dtype, t.device) for t in [d.get(n) for d, n in self._slots] if t is not None]
+        weights = [None if t is None else (t.dtype, t.device) for d in self._tables for t in d.values()]
         return tuple([m.training for m in self._modules]), tuple(weights), _autocast()
 
 

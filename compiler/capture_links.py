@@ -4,14 +4,11 @@ A link ``w -> o`` promises: from ``o`` on, to the end of the run, reading ``o`` 
 value that ``w`` has in the copy.  Three facts can break that promise, and each is checked here:
 
 1. ``o``'s storage is written after ``o``: then ``o`` reads the later value.  Storages are grouped by what the
-   fake
-   values share and by what the op schemas declare.
+   fake values share and by what the op schemas declare.
 2. One original op became several nodes.  Its value is the last of them; for an in-place op it is the
-   functional op
-   of the same name (``mul_`` -> ``mul``), never the views that write the result back into the base.
+   functional op of the same name (``mul_`` -> ``mul``), never the views that write it back into the base.
 3. The copy's provenance names a higher-order call.  Its results are tuples, so shapes disagree and no link is
-   made;
-   what the caller reads from it is linked through its users instead.
+   made; what the caller reads from it is linked through its users instead.
 """
 
 from __future__ import annotations

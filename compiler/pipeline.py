@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 from torch import fx
@@ -52,14 +53,19 @@ class Options:
 
 @dataclass
 class Outcome:
-    """What came of one graph.  ``attend`` and ``runtime`` are None at the dynamo door, where the graph is edited in place."""
+    """What came of one graph.  ``runtime`` and ``attend`` are None at the dynamo door, where the graph is edited in place."""
 
     records: list[SiteRecord]
     stages: list[Stage]
     rewritten: int
-    attend: ExportedProgram | None = None
     runtime: ExportedProgram | None = None
     linears: list[str] = field(default_factory=list)
+    make_attend: Callable[[], ExportedProgram] | None = None
+
+    @cached_property
+    def attend(self) -> ExportedProgram | None:
+        """The program with one ``attend`` node per rewritten site, from which artefacts are lowered; made when asked for."""
+        return None if self.make_attend is None else self.make_attend()
 
 
 @dataclass
@@ -106,33 +112,49 @@ def _rewrite_and_check(
         live = [j for j in jobs if j.plan is not None]
         outcome = Outcome([], stages, len(live))
         with _timed(stages, "rewrite", options) as note:
-            attend = None if captured.exported is None else copy_program(captured.exported)
-            graph = _copy_graph(captured.graph) if attend is None else attend.graph
-            editor = Rewriter(graph, captured.work if attend is not None else graph, captured.links)
-            for j in live:
-                assert j.plan is not None
-                stamp = {"match": j.found.match.site.id, "trail": j.found.match.trail, "backend": j.plan.backend, "form": j.plan.form}
-                j.new_output = editor.apply(j.found, j.plan.spec, stamp)
+            outcome.runtime, graph = _rewritten(captured, live)
             note.update(sites=len(live))
         with _timed(stages, "lower", options) as note:
-            if attend is not None:
-                fix_outputs(attend)
-            outcome.attend, outcome.runtime = attend, None if attend is None else copy_program(attend)
-            target = graph if outcome.runtime is None else outcome.runtime.graph
-            counts, renamed = lower(target)
+            counts, renamed = lower(graph)
             if outcome.runtime is not None:
                 fix_outputs(outcome.runtime)
+                outcome.make_attend = partial(_attend_program, captured, live)
             note.update(counts)
         for j in live:
             j.new_output = renamed.get(j.new_output, j.new_output)
-        failed = _verify(original, target, captured, live, options, placeholders, stages) if options.verify else []
+        failed = _verify(original, graph, captured, live, options, placeholders, stages) if options.verify else []
         if not failed:
-            if attend is None and live:
-                _replace_graph(captured, graph)
+            if outcome.runtime is None and live:
+                captured.owner.graph = graph
+                captured.graph = captured.owner.graph
             return outcome
         for j, check in failed:
             log.warning("%s: put back: %s", j.found.match.site.id, check.reason)
             j.plan, j.status, j.reason = None, "kept", f"failed verification and was put back: {check.reason}"
+
+
+def _rewritten(captured: Captured, live: list[_Job]) -> tuple[ExportedProgram | None, fx.Graph]:
+    """Return a copy of the captured graph (and its program) in which each planned site is one ``attend`` node."""
+    program = None if captured.exported is None else copy_program(captured.exported)
+    graph = _copy_graph(captured.graph) if program is None else program.graph
+    editor = Rewriter(graph, captured.work if program is not None else graph, captured.links)
+    for j in live:
+        assert j.plan is not None
+        stamp = {"match": j.found.match.site.id, "trail": j.found.match.trail, "backend": j.plan.backend, "form": j.plan.form}
+        j.new_output = editor.apply(j.found, j.plan.spec, stamp)
+    return program, graph
+
+
+def _attend_program(captured: Captured, live: list[_Job]) -> ExportedProgram:
+    names = [j.new_output for j in live]
+    program, graph = _rewritten(captured, live)
+    assert program is not None
+    for j, name in zip(live, names, strict=True):
+        j.new_output = name
+    graph.eliminate_dead_code()
+    fix_outputs(program)
+    program.graph_module.recompile()
+    return program
 
 
 # ---------------------------------------------------------------- plan
@@ -281,10 +303,3 @@ def _copy_graph(graph: fx.Graph) -> fx.Graph:
         assert old_node.name == new.name, f"copying renamed {old_node.name} to {new.name}"
         new.meta = dict(old_node.meta)
     return out
-
-
-def _replace_graph(captured: Captured, graph: fx.Graph) -> None:
-    """Give the owner the rewritten graph (dynamo door)."""
-    captured.owner.graph = graph
-    captured.graph = captured.owner.graph
-

@@ -9,13 +9,10 @@ from torch.export import ExportedProgram
 
 
 def copy_program(program: ExportedProgram) -> ExportedProgram:
-    """Return a program with its own graph, sub-graphs and signature, sharing all tensors."""
-    module = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
-    for name, child in program.graph_module.named_children():
-        setattr(module, name, copy.deepcopy(child))
+    """Return a program with its own graph and signature, sharing all tensors and the sub-graphs of higher-order calls."""
     return ExportedProgram(
-        root=module,
-        graph=module.graph,
+        root=program.graph_module,
+        graph=copy.deepcopy(program.graph),
         graph_signature=copy.deepcopy(program.graph_signature),
         state_dict=dict(program.state_dict),
         range_constraints=dict(program.range_constraints),
@@ -27,10 +24,9 @@ def copy_program(program: ExportedProgram) -> ExportedProgram:
 
 
 def fix_outputs(program: ExportedProgram) -> None:
-    """Make the signature name the nodes that the graph returns now, and recompile."""
+    """Make the signature name the nodes that the graph returns now; callers recompile before they run the program."""
     output = next(n for n in reversed(program.graph.nodes) if n.op == "output")
     returned = output.args[0] if isinstance(output.args[0], list | tuple) else (output.args[0],)
     for spec, node in zip(program.graph_signature.output_specs, returned, strict=True):
         if isinstance(node, fx.Node) and hasattr(spec.arg, "name"):
             spec.arg.name = node.name
-    program.graph_module.recompile()

@@ -225,12 +225,7 @@ class Dispatcher(_InstanceForward):
         if being_traced():
             return tree
         if tree is None or tree.changed():
-            with _CAPTURING:
-                tree = self._tree = Tree(self._model)
-                self._programs = tuple((key, Program(e, self._model)) for key, e in self._inherited)
-                self._inherited = ()
-                self._original_keys.clear()
-                self._failed_keys.clear()
+            tree = self._look_again()
         hooked = tree.hooked()
         if hooked is not None:
             self._tell(
@@ -238,6 +233,17 @@ class Dispatcher(_InstanceForward):
             )
             return None
         return None if torch._C._get_tracing_state() else tree
+
+    def _look_again(self) -> Tree:
+        """Look at the module tree anew: programs of another tree are dropped, inherited ones are bound."""
+        with _CAPTURING:
+            if self._tree is None or self._tree.changed():
+                self._tree = Tree(self._model)
+                self._programs = tuple((key, Program(e, self._model)) for key, e in self._inherited)
+                self._inherited = ()
+                self._original_keys.clear()
+                self._failed_keys.clear()
+            return self._tree
 
     def _capture(self, key: Any, leaves: Sequence[Any], call: tuple[tuple[Any, ...], Any]) -> Program | None:
         """Capture a program for this call; None if the class's own forward has to serve this kind of call."""
