@@ -6,3 +6,41 @@ if __name__ != "attnc":
     raise ImportError("import attnc, not the folder: see CONTRIBUTING.md")
 
 __version__ = "0.1.0"
+
+from attnc.api import emit, export_onnx, inspect, optimize
+from attnc.checkpoint import load, save
+from attnc.errors import (
+    AttncError,
+    CaptureError,
+    CheckpointError,
+    CodegenError,
+    RewriteError,
+    UnsupportedError,
+    VerifyError,
+)
+from attnc.passes.rewrite.forms import parse_forms
+from attnc.passes.rewrite.fuse.fused import Fused
+from attnc.passes.rewrite.quant.w8a8 import W8A8
+from attnc.passes.rewrite.sparse.sliding_window import SlidingWindow
+from attnc.report import Report
+
+__all__ = [
+    "W8A8",
+    "AttncError",
+    "CaptureError",
+    "CheckpointError",
+    "CodegenError",
+    "Fused",
+    "Report",
+    "RewriteError",
+    "SlidingWindow",
+    "UnsupportedError",
+    "VerifyError",
+    "emit",
+    "export_onnx",
+    "inspect",
+    "load",
+    "optimize",
+    "parse_forms",
+    "save",
+]

@@ -33,6 +33,8 @@ __all__ = ["Session", "dynamo_rewriter", "emit", "export_onnx", "inspect", "opti
 
 Progress = Callable[[str, float], None]
 _TARGETS = ("cpu", "cuda")
+_FAR = 8.0
+"""How many tolerances a SAME model may be off as a whole before it is put back: errors of sites add up and are not of one sign."""
 
 
 @dataclass
@@ -239,21 +241,25 @@ class _Work:
 
     def __init__(self, state: Session, verify: bool, cost_model: bool, progress: Progress | None) -> None:
         self.state, self.verify, self.cost_model, self.progress = state, verify, cost_model, progress
-        self._first: ExportedProgram | CaptureError | None = None
+        self._failure: ForwardError | None = None
 
     def ahead(self, model: nn.Module) -> nn.Module:
         """Capture now, with the session's example inputs; a model that cannot be captured whole is compiled piece by piece."""
         clone = clone_module(model)
         self._quantize(clone)
+        fast = make_result(
+            clone,
+            self._build_or_note,
+            fallback=make_backend(self.rewrite, declined=self.state.report.warnings.append),
+            report=self.state.report,
+        )
         try:
-            self._first = self.build(clone, self.state.args, self.state.kwargs)
-        except ForwardError:
+            with torch.no_grad(), _same_random_numbers():
+                fast(*self.state.args, **self.state.kwargs)
+        except Exception as error:
+            if self._failure is not None:
+                raise self._failure from error
             raise
-        except CaptureError as e:
-            self._first = e
-        fast = make_result(clone, self._build_once, fallback=make_backend(self.rewrite, declined=self.state.report.warnings.append), report=self.state.report)
-        with torch.no_grad(), _same_random_numbers():
-            fast(*self.state.args, **self.state.kwargs)
         if self.verify:
             self._check_model(model, fast)
         return fast
@@ -277,11 +283,13 @@ class _Work:
         assert outcome.runtime is not None
         return outcome.runtime
 
-    def _build_once(self, plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExportedProgram:
-        first, self._first = self._first, None
-        if isinstance(first, CaptureError):
-            raise first
-        return first if first is not None else self.build(plain, args, kwargs)
+    def _build_or_note(self, plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExportedProgram:
+        """Build; remember that the model's own forward failed, which the dispatcher leaves to the forward to raise."""
+        try:
+            return self.build(plain, args, kwargs)
+        except ForwardError as e:
+            self._failure = e
+            raise
 
     def rewrite(self, captured: Captured) -> bool:
         """Edit one graph at the dynamo door; say whether anything changed."""
@@ -317,8 +325,22 @@ class _Work:
 
         self._tell("check")
         bounded = bool(self.state.quantized) or any(s.contract == "BOUNDED" for s in self.state.report.sites if s.status == "rewritten")
+        report = self.state.report
         with torch.no_grad(), _same_random_numbers():
-            self.state.report.checks = check_model(model, fast, self.state.args, self.state.kwargs, bounded=bounded)
+            report.checks = check_model(model, fast, self.state.args, self.state.kwargs, bounded=bounded)
+        error, tolerance = report.checks.get("error"), report.checks.get("tolerance")
+        far = report.checks.get("unequal") or (error is not None and tolerance is not None and not error <= _FAR * tolerance)
+        if not bounded and far:
+            self._put_back(fast, str(report.checks.get("reason")))
+
+    def _put_back(self, fast: nn.Module, reason: str) -> None:
+        """Give the result the original forward: as a whole it is not the same function, whatever its sites are."""
+        fast.__dict__.pop("forward", None)
+        self.state.outcomes.clear()
+        self.state.report.warnings.append(f"the rewritten model disagrees with the original and was put back: {reason}")
+        for site in self.state.report.sites:
+            if site.status == "rewritten":
+                site.status, site.reason = "kept", f"whole model disagrees, put back: {reason}"
 
     def _tell(self, stage: str) -> None:
         if self.progress is not None:

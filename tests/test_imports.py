@@ -18,8 +18,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"compiler": "attnc", "passes": "attnc.passes", "codegen": "attnc.codegen"}
-CORE = ("attnc.ir", "attnc.expr", "attnc.masks", "attnc.errors", "attnc.logs", "attnc.printer")
-LOW = ("attnc.ir", "attnc.expr", "attnc.masks", "attnc.errors", "attnc.logs")
+LOW = ("attnc.ir", "attnc.expr", "attnc.polynomial", "attnc.terms", "attnc.masks", "attnc.errors", "attnc.logs")
+CORE = (*LOW, "attnc.printer", "attnc.sizes", "attnc.editing", "attnc.cost")
 JOINERS = ("attnc.pipeline", "attnc.api", "attnc.cli")
 HEAVY = ("onnx", "onnxruntime", "onnxscript", "triton", "transformers")
 

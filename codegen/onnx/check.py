@@ -1,0 +1,176 @@
+"""Run one site alone in ONNX Runtime and compare it with its executed spec.
+
+Inputs are random and small, with what bites put in: a query that sees no key, an odd length, a length of one,
+windows that bind.  So a kernel that differs is found per site, before the model is converted, and the site
+falls back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from attnc.codegen.onnx.builder import MICROSOFT, OURS, Builder, onnx_dtype
+from attnc.codegen.onnx.lower import Functions, lower
+from attnc.codegen.onnx.runtime import Session, failures
+from attnc.codegen.onnx.sites import ABSORBS, Call
+from attnc.codegen.onnx.table import Row
+from attnc.ir import Bias, Operand
+from attnc.masks import And, Band, Mask, Not, Or, Range
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """The greatest error of a site beside the tolerance, or the words with which the runtime refused it."""
+
+    error: float
+    tolerance: float
+    refused: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """The site runs and agrees."""
+        return not self.refused and self.error <= self.tolerance
+
+
+def check_site(call: Call, row: Row | None, opset: int) -> Checked:
+    """Run ``call`` written as ``row`` says (None: basic operators) at several lengths; see the module."""
+    worst = Checked(0.0, 0.0)
+    try:
+        session = Session(site_model(call, row, opset))
+        for b, sq, sk in _sizes(call):
+            found = _compare(call, session, random_inputs(call, b, sq, sk))
+            if not found.ok:
+                return found
+            worst = max(worst, found, key=lambda c: c.error)
+    except failures() as e:
+        return Checked(math.inf, 0.0, str(e).splitlines()[0])
+    return worst
+
+
+def site_model(call: Call, row: Row | None, opset: int) -> ir.Model:
+    """Return a model of the site alone, its inputs named as the spec names them."""
+    import onnx_ir as ir
+
+    b, functions = Builder("site"), Functions()
+    inputs = []
+    for o, shape in zip(
+        _operands(call), _shapes(call, "b", "sq", "sq" if call.is_self else "sk"), strict=True
+    ):
+        inputs.append(ir.Value(name=o.name, type=ir.TensorType(onnx_dtype(o.dtype)), shape=ir.Shape(shape)))
+    written = lower(b, call, row, inputs, {}, functions, opset)
+    out = written.out
+    out.dtype, out.name = onnx_dtype(call.dtype), "out"
+    imports = {"": opset, MICROSOFT: 1, OURS: 1}
+    graph = ir.Graph(inputs, [out], nodes=b.nodes, opset_imports=imports, name="site")
+    return ir.Model(graph, ir_version=10, functions=tuple(functions.values()))
+
+
+def _operands(call: Call) -> tuple[Operand, ...]:
+    return call.spec.q, call.spec.k, call.spec.v, *call.spec.captured
+
+
+def _shapes(call: Call, b: int | str, sq: int | str, sk: int | str) -> list[list[int | str]]:
+    """Return the shapes of all operands with other sizes of batch, queries and keys; an axis of 1 stays 1."""
+    (h, hkv), (dqk, dv) = call.heads, call.head_sizes
+    out: list[list[int | str]] = [[b, h, sq, dqk], [b, hkv, sk, dqk], [b, hkv, sk, dv]]
+    at: dict[str, int | str] = {"b": b, "h": h, "q": sq, "k": sk}
+    for o in call.spec.captured:
+        out.append(
+            [
+                1 if n == 1 else at[a]
+                for a, n in zip(o.axes[len(o.axes) - len(o.shape) :], o.shape, strict=True)
+            ]
+        )
+    return out
+
+
+def _sizes(call: Call) -> list[tuple[int, int, int]]:
+    """Return (batch, Sq, Sk) to try: past the widest window, of length one, and odd."""
+    reach = min(max([0, *_bounds(call.spec.mask)]) + 5, 640)
+    if call.is_self:
+        return [(2, max(9, reach), max(9, reach)), (1, 1, 1)]
+    return [(2, max(9, reach), max(13, reach)), (2, 7, 5), (1, 1, 6)]
+
+
+def _bounds(mask: Mask) -> list[int]:
+    """Return every distance and position that a mask names."""
+    if isinstance(mask, And | Or):
+        return [n for p in mask.parts for n in _bounds(p)]
+    if isinstance(mask, Not):
+        return _bounds(mask.part)
+    if isinstance(mask, Band):
+        return [n for n in (mask.left, mask.right) if n is not None]
+    return [mask.lo, mask.hi] if isinstance(mask, Range) else []
+
+
+def random_inputs(call: Call, b: int, sq: int, sk: int) -> dict[str, torch.Tensor]:
+    """Return seeded inputs by name.
+
+    Masks hide everything from the first batch element, biases of -inf from its first query.
+    """
+    g = torch.Generator().manual_seed(b * 1_000_003 + sq * 1009 + sk)
+    out, biases = {}, {s.operand for s in call.spec.scores if isinstance(s, Bias)}
+    for o, shape in zip(_operands(call), _shapes(call, b, sq, sk), strict=True):
+        size = [n for n in shape if isinstance(n, int)]
+        if o.dtype == torch.bool:
+            x = torch.rand(size, generator=g) > 0.3
+            x[(0,) if o.axes.startswith("b") and x.ndim > 1 and size[0] > 1 else (..., 0)] = False
+        else:
+            x = torch.randn(size, generator=g).to(o.dtype)
+            if o.name in biases and x.ndim > 1:
+                x[(0,) * (x.ndim - 1)] = -math.inf
+        out[o.name] = x
+    return out
+
+
+def _compare(call: Call, session: Session, feeds: Mapping[str, torch.Tensor]) -> Checked:
+    spec = call.spec
+    q, k, v, *captured = (feeds[o.name] for o in _operands(call))
+    expected, _ = spec(q, k, v, tuple(captured))
+    (found,) = session(feeds)
+    if found.shape != expected.shape:
+        return Checked(math.inf, 0.0, f"expected shape {tuple(expected.shape)}, found {tuple(found.shape)}")
+    if not torch.equal(expected.isnan(), found.isnan()):
+        return Checked(math.inf, 0.0, "rows that see no key differ: NaN on one side alone")
+    error = (expected.double() - found.double()).nan_to_num(0.0).abs().max().item()
+    return Checked(error, tolerance(call, feeds))
+
+
+def tolerance(call: Call, feeds: Mapping[str, torch.Tensor]) -> float:
+    """Bound the distance of two correct evaluations in the site's type.
+
+    A score is a sum of Dqk products and a few steps, so each side errs by at most ``(Dqk + 8) u A``, where A
+    bounds the scores' magnitude; a weight errs by the relative factor ``exp(2 delta) - 1`` and the sum over
+    Sk keys by ``(Sk + 4) u``, both times the greatest value.  An added finite fill rounds the scores of a row
+    that sees no key to its own last place.
+    Source: N. Higham, Accuracy and Stability of Numerical Algorithms, section 3.1.
+    """
+    spec, u = call.spec, torch.finfo(call.dtype).eps / 2
+    q, k, v = (feeds[o.name].double() for o in (spec.q, spec.k, spec.v))
+    k = k.repeat_interleave(call.heads[0] // call.heads[1], 1)
+    named = {o.name: feeds[o.name].double() for o in spec.captured}
+    s = q.abs() @ k.abs().transpose(-2, -1)
+    top = 1.0
+    for step in spec.scores:
+        s = step.apply(s, named)
+        top = max(top, _greatest(s))
+    top = max(top, *map(_greatest, named.values())) if named else top
+    delta = (call.head_sizes[0] + 8) * u * top * 2
+    fill = spec.fill
+    if fill.how == "add" and fill.value > ABSORBS and abs(fill.value) * u < top and call.may_see_nothing():
+        delta += 2 * u * abs(fill.value)
+    largest = v.abs().max().item()
+    return largest * (math.expm1(2 * delta) + 2 * (k.shape[2] + 4) * u) + 2 * u * largest
+
+
+def _greatest(x: torch.Tensor) -> float:
+    """Return the greatest finite magnitude."""
+    return x.nan_to_num(0.0, 0.0, 0.0).abs().max().item()

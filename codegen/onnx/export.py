@@ -1,0 +1,323 @@
+"""Export a program to ONNX, each ``attnc::attend`` node as one fused operator where the runtime has one.
+
+For each site the capability table of the target gives candidates; each is run alone in ONNX Runtime against
+the executed spec, and the first that agrees is taken, basic operators at last.  The model is written beside
+its destination, run on the check inputs, and renamed only when it agrees with the reference.  The same
+program gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument
+
+from attnc import logs
+from attnc.codegen.onnx import names, parity, runtime, table
+from attnc.codegen.onnx.assemble import assemble, sign
+from attnc.codegen.onnx.check import Checked, check_site
+from attnc.codegen.onnx.linear import choose_form
+from attnc.codegen.onnx.sites import Call
+from attnc.codegen.onnx.translate import LINEAR, convert, find_calls, flat
+from attnc.errors import CodegenError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+log = logs.get("codegen")
+
+EXTERNAL_AT = 1_800_000_000
+"""Weights of more bytes go to a second file: a protobuf file holds 2 GiB at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class SiteExport:
+    """What one site became.
+
+    ``error`` is its greatest difference from the executed spec in ONNX Runtime, in the output's units, on
+    inputs made for it; ``reason`` says why earlier choices were not taken; ``table`` names the capability
+    table.
+    """
+
+    index: int
+    id: str
+    operator: str
+    domain: str
+    reason: str
+    attributes: dict[str, Any]
+    error: float
+    tolerance: float
+    table: str
+
+    @property
+    def is_fused(self) -> bool:
+        """The site is one operator that the runtime has."""
+        return self.operator in ("MultiHeadAttention", "GroupQueryAttention", "Attention")
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A written model: files, opset, sites, comparisons with the reference, and notes on the whole."""
+
+    files: tuple[Path, ...]
+    opset: int
+    sites: tuple[SiteExport, ...]
+    checks: tuple[parity.Parity, ...]
+    notes: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class _Decision:
+    call: Call
+    choice: table.Choice
+    checked: Checked
+
+
+def export(
+    program: ExportedProgram,
+    path: str | os.PathLike[str],
+    *,
+    target: table.Target = "ort-cpu",
+    check_inputs: Sequence[parity.Inputs] | None = None,
+    reference: parity.Reference | None = None,
+    **options: Any,
+) -> list[SiteExport]:
+    """Export as ``export_model`` does and return what each site became."""
+    done = export_model(
+        program, path, target=target, check_inputs=check_inputs, reference=reference, **options
+    )
+    return list(done.sites)
+
+
+def export_model(
+    program: ExportedProgram,
+    path: str | os.PathLike[str],
+    *,
+    target: table.Target = "ort-cpu",
+    check_inputs: Sequence[parity.Inputs] | None = None,
+    reference: parity.Reference | None = None,
+    dim_names: names.DimNames | None = None,
+    tolerance: float | None = None,
+    external_data: bool | None = None,
+    force: bool = False,
+) -> Exported:
+    """Write ``program`` to ``path`` as ONNX for ``target`` and say what was written.
+
+    ``check_inputs`` are (args, kwargs) on which the file is run against ``reference`` (default: the program
+    itself), and once more at another size where sizes are dynamic; None checks the sites alone.
+    ``tolerance`` is absolute, None derives it. ``dim_names`` names dynamic sizes by input and axis.
+    ``external_data`` None decides by size.  Nothing is left at ``path`` unless all checks pass.
+
+    Raises:
+        CodegenError: a bad path or target, an operator without translation, a model that ONNX Runtime refuses
+        or that disagrees.
+    """
+    path = Path(path)
+    _check_path(path, force)
+    _check_program(program)
+    program = flat(program)
+    for args, kwargs in check_inputs or ():
+        parity.leaves(program, args, kwargs)
+    capabilities = table.load(target, runtime.version())
+    decisions = _decide(find_calls(program), capabilities)
+    opset = max([capabilities.opset, *(d.choice.row.opset for d in decisions if d.choice.row)])
+    base = convert(program, [d.call for d in decisions], opset)
+    job = _Job(program, base, target, capabilities, opset, dim_names)
+    with _Sibling(path) as folder:
+        temporary = folder / path.name
+        sites, notes = job.write(decisions, temporary, external_data)
+        checks = _compared(job, temporary, check_inputs, reference, tolerance)
+        if any(not c.ok for c in checks) and any(d.choice.row for d in decisions):
+            decisions = _all_basic(decisions, next(c for c in checks if not c.ok))
+            sites, notes = job.write(decisions, temporary, external_data)
+            checks = _compared(job, temporary, check_inputs, reference, tolerance)
+        bad = [c for c in checks if not c.ok]
+        if bad:
+            raise CodegenError(
+                f"ONNX export: the model disagrees with the reference: {bad[0]}; nothing was written"
+            )
+        files = _move(folder, path)
+    for site in sites:
+        log.info("%s: %s (%s)", site.id, site.operator, site.reason)
+    return Exported(files, opset, tuple(sites), tuple(checks), notes)
+
+
+def _check_path(path: Path, force: bool) -> None:
+    if not path.parent.is_dir():
+        raise CodegenError(f"ONNX export: expected an existing folder {path.parent}, found none")
+    for file in (path, _weights_file(path)):
+        if file.is_dir() or (file.exists() and not force):
+            raise CodegenError(f"ONNX export: {file} exists; remove it, or ask to replace it with --force")
+
+
+def _weights_file(path: Path) -> Path:
+    """Return where large weights of the model at ``path`` go."""
+    return path.with_name(f"{path.name}.data")
+
+
+def _check_program(program: ExportedProgram) -> None:
+    signature = program.graph_signature
+    written = sorted({*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()})
+    if written:
+        raise CodegenError(
+            f"ONNX export: expected a program that changes no state, found writes to {written}"
+        )
+    constants = [s.arg.value for s in signature.output_specs if isinstance(s.arg, ConstantArgument)]
+    if any(c is not None for c in constants):
+        raise CodegenError(f"ONNX export: expected outputs that are tensors or None, found {constants}")
+
+
+def _decide(calls: Sequence[Call], capabilities: table.Table) -> list[_Decision]:
+    """Take for each site the first candidate that agrees with its spec; equal sites are decided once."""
+    known: dict[tuple[Any, ...], _Decision] = {}
+    out = []
+    for call in calls:
+        key = (call.text, call.heads, call.head_sizes, call.lengths, call.last, call.lse_used)
+        if key not in known:
+            known[key] = _decide_one(call, capabilities)
+        out.append(replace(known[key], call=call))
+    return out
+
+
+def _decide_one(call: Call, capabilities: table.Table) -> _Decision:
+    failed: list[str] = []
+    for choice in table.candidates(call, capabilities):
+        opset = max(capabilities.opset, choice.row.opset if choice.row else 0)
+        checked = check_site(call, choice.row, opset)
+        if checked.ok:
+            reason = "; ".join(failed) if failed else choice.reason
+            return _Decision(call, table.Choice(choice.row, reason), checked)
+        name = choice.row.name if choice.row else "basic operators"
+        why = checked.refused or f"error {checked.error:.1e} is over {checked.tolerance:.1e}"
+        failed.append(f"{name} disagrees with the spec: {why}")
+        log.warning("%s: %s", call.id, failed[-1])
+    raise CodegenError(f"ONNX export, site {call.id}: {'; '.join(failed)}; the spec is {call.text}")
+
+
+def _all_basic(decisions: Sequence[_Decision], bad: parity.Parity) -> list[_Decision]:
+    """Choose basic operators for every site, because the whole model disagreed."""
+    log.warning("fused operators are given up: %s", bad)
+    choice = table.Choice(None, f"the whole model disagreed with fused operators: {bad}")
+    return [replace(d, choice=choice) for d in decisions]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What stays the same when a model is written a second time with other choices."""
+
+    program: ExportedProgram
+    base: ir.Model
+    target: table.Target
+    capabilities: table.Table
+    opset: int
+    dim_names: names.DimNames | None
+
+    def write(
+        self, decisions: Sequence[_Decision], path: Path, external: bool | None
+    ) -> tuple[list[SiteExport], tuple[str, ...]]:
+        """Write the model with these choices; return its sites and notes."""
+        linears = sum(n.op_type == LINEAR for n in self.base.graph)
+        form = choose_form(self.target) if linears else None
+        model, written = assemble(
+            self.base,
+            [d.call for d in decisions],
+            [d.choice.row for d in decisions],
+            form,
+            self.opset,
+            inline=self.target != "ort-cpu",
+        )
+        names.rename_inputs(model, self.program)
+        names.rename_outputs(model, names.output_names(self.program))
+        names.rename_sizes(model, names.size_names(self.program, self.dim_names))
+        sites = [
+            SiteExport(
+                d.call.index,
+                d.call.id,
+                w.operator,
+                w.domain,
+                d.choice.reason,
+                w.attributes,
+                d.checked.error,
+                d.checked.tolerance,
+                self.capabilities.name,
+            )
+            for d, w in zip(decisions, written, strict=True)
+        ]
+        notes = [self.capabilities.note] if self.capabilities.note else []
+        if form is not None:
+            notes.append(f"{linears} integer linears: {form.reason}")
+        certificates = [_certificate(s, d.call) for s, d in zip(sites, decisions, strict=True)]
+        sign(model, self.target, self.opset, {"sites": certificates, "notes": notes})
+        _save(model, path, external)
+        return sites, tuple(notes)
+
+
+def _certificate(site: SiteExport, call: Call) -> dict[str, Any]:
+    """Return the site's line of the file's metadata; errors are rounded to what is meant by them."""
+    out = asdict(site) | {"spec": call.text}
+    return out | {"error": f"{site.error:.1e}", "tolerance": f"{site.tolerance:.1e}"}
+
+
+def _save(model: ir.Model, path: Path, external: bool | None) -> None:
+    import onnx_ir as ir
+
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    external = size > EXTERNAL_AT if external is None else external
+    try:
+        ir.save(model, path, external_data=_weights_file(path).name if external else None)
+    except OSError as e:
+        raise CodegenError(f"ONNX export: cannot write {size / 1e6:.0f} MB beside {path.name}: {e}") from e
+
+
+def _compared(
+    job: _Job,
+    path: Path,
+    inputs: Sequence[parity.Inputs] | None,
+    reference: parity.Reference | None,
+    tolerance: float | None,
+) -> list[parity.Parity]:
+    return parity.compare(path, job.program, inputs or (), reference, tolerance)
+
+
+class _Sibling:
+    """A temporary folder beside ``path``, removed in the end."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> Path:
+        try:
+            self._folder = Path(tempfile.mkdtemp(prefix=f".{self._path.name}.", dir=self._path.parent))
+        except OSError as e:
+            raise CodegenError(f"ONNX export: cannot write into {self._path.parent}: {e}") from e
+        return self._folder
+
+    def __exit__(self, *error: object) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _move(folder: Path, path: Path) -> tuple[Path, ...]:
+    """Flush the finished files to disk and rename them into place, weights first.
+
+    Raises:
+        CodegenError: the disk is full, or a file cannot be replaced.
+    """
+    files = sorted(folder.iterdir(), key=lambda f: f.name == path.name)
+    try:
+        for file in files:
+            with file.open("rb") as f:
+                os.fsync(f.fileno())
+        for file in files:
+            os.replace(file, path.with_name(file.name))
+        if len(files) == 1:
+            _weights_file(path).unlink(missing_ok=True)
+    except OSError as e:
+        raise CodegenError(f"ONNX export: cannot put {path} in place: {e}") from e
+    return tuple(path.with_name(f.name) for f in reversed(files))

@@ -1,0 +1,295 @@
+"""Write one attention site as MultiHeadAttention, GroupQueryAttention or ai.onnx Attention.
+
+A mask that is no attribute becomes an additive bias with the spec's own fill value, always expanded over
+queries (the CPU kernels reject a query axis of 1).  A filter value of the operator's own (-10000 in
+MultiHeadAttention) is never used: it would turn a query that sees no key into an unmasked softmax.  What the
+operators do was measured: ``capabilities/*.json``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attnc.codegen.onnx.builder import MICROSOFT, Builder
+from attnc.codegen.onnx.masks import keep
+from attnc.codegen.onnx.sites import ABSORBS, Call, Folded, Split
+from attnc.masks import Full, Mask
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Shared = dict[tuple[Any, ...], Any]
+"""Biases already written, by what they hold: sites with the same mask use one."""
+
+Written = tuple["ir.Value", dict[str, Any]]
+
+
+def fuse(
+    b: Builder,
+    call: Call,
+    operator: str,
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    captured: Sequence[ir.Value],
+    shared: Shared,
+) -> Written:
+    """Write ``call`` as ``operator``; return the output ``[B, H, Sq, Dv]`` and the attributes chosen.
+
+    The caller has checked the operator's conditions (``table.choose``).
+    """
+    named = {o.name: c for o, c in zip(call.spec.captured, captured, strict=True)}
+    folded = call.folded()
+    split = call.split(windows=operator == "GroupQueryAttention", unequal=operator == "Attention")
+    assert isinstance(folded, Folded), folded
+    for gain in folded.gains:
+        q = b.op("Mul", q, b.cast(named[gain], call.dtype), dtype=call.dtype)
+    bias = _bias(b, call, folded, split.rest, q, k, named, shared)
+    out, attributes = _WRITERS[operator](b, call, folded, split, (q, k, v), bias, named)
+    if operator != "Attention" and _needs_zeros(call, folded):
+        seen = _seen(b, call, split, bias, keep(b, call.spec.mask, q, k, named) if split.band else None)
+        out = b.op("Where", seen, out, b.const(0.0, call.dtype), dtype=call.dtype)
+    return out, attributes
+
+
+def _multi_head(
+    b: Builder,
+    call: Call,
+    folded: Folded,
+    split: Split,
+    qkv: tuple[ir.Value, ir.Value, ir.Value],
+    bias: ir.Value | None,
+    named: Mapping[str, ir.Value],
+) -> Written:
+    attributes: dict[str, Any] = {"num_heads": call.heads[0], "scale": folded.scale}
+    if split.band is not None:
+        attributes["unidirectional"] = 1
+    ins = [packed(b, x, n, d) for x, n, d in zip(qkv, _heads(call), _sizes(call), strict=True)]
+    tail = () if bias is None else (None, None, bias)
+    shape = _packed_shape(call, qkv[0])
+    out = b.op(
+        "MultiHeadAttention", *ins, *tail, domain=MICROSOFT, dtype=call.dtype, shape=shape, **attributes
+    )
+    return unpacked(b, out, call), attributes
+
+
+def _group_query(
+    b: Builder,
+    call: Call,
+    folded: Folded,
+    split: Split,
+    qkv: tuple[ir.Value, ir.Value, ir.Value],
+    bias: ir.Value | None,
+    named: Mapping[str, ir.Value],
+) -> Written:
+    attributes: dict[str, Any] = {
+        "num_heads": call.heads[0],
+        "kv_num_heads": call.heads[1],
+        "scale": folded.scale,
+        "causal": int(split.band is not None),
+    }
+    if folded.softcap:
+        attributes["softcap"] = folded.softcap
+    if split.band is not None and split.band.left is not None:
+        attributes["local_window_size"] = split.band.left + 1
+    q, k, v = (packed(b, x, n, d) for x, n, d in zip(qkv, _heads(call), _sizes(call), strict=True))
+    length = b.cast(b.size(qkv[1], 2), torch.int32)
+    last = b.op("Sub", length, b.const([1], torch.int32), dtype=torch.int32)
+    seqlens = b.op("Expand", last, b.size(qkv[0], 0), dtype=torch.int32)
+    tail = [None, None, None, bias, _head_sink(b, call, named)]
+    while tail and tail[-1] is None:
+        tail.pop()
+    ins = (q, k, v, None, None, seqlens, b.scalar(length), *tail)
+    out = b.op(
+        "GroupQueryAttention",
+        *ins,
+        domain=MICROSOFT,
+        outputs=3,
+        dtype=call.dtype,
+        shape=_packed_shape(call, qkv[0]),
+        **attributes,
+    )
+    return unpacked(b, out, call), attributes
+
+
+def _attention(
+    b: Builder,
+    call: Call,
+    folded: Folded,
+    split: Split,
+    qkv: tuple[ir.Value, ir.Value, ir.Value],
+    bias: ir.Value | None,
+    named: Mapping[str, ir.Value],
+) -> Written:
+    attributes: dict[str, Any] = {"scale": folded.scale}
+    if split.band is not None:
+        attributes["is_causal"] = 1
+    if folded.softcap:
+        attributes["softcap"] = folded.softcap
+    tail = () if bias is None else (bias,)
+    return b.op("Attention", *qkv, *tail, dtype=call.dtype, **attributes), attributes
+
+
+_Writer = Callable[
+    [
+        Builder,
+        Call,
+        Folded,
+        Split,
+        "tuple[ir.Value, ir.Value, ir.Value]",
+        "ir.Value | None",
+        "Mapping[str, ir.Value]",
+    ],
+    Written,
+]
+_WRITERS: Mapping[str, _Writer] = {
+    "MultiHeadAttention": _multi_head,
+    "GroupQueryAttention": _group_query,
+    "Attention": _attention,
+}
+
+
+def _heads(call: Call) -> tuple[int, int, int]:
+    return call.heads[0], call.heads[1], call.heads[1]
+
+
+def _sizes(call: Call) -> tuple[int, int, int]:
+    return call.head_sizes[0], call.head_sizes[0], call.head_sizes[1]
+
+
+def _packed_shape(call: Call, q: ir.Value) -> list[Any] | None:
+    """Return ``[B, Sq, H * Dv]`` with the sizes of q where they are known."""
+    return None if q.shape is None else [q.shape[0], q.shape[2], call.heads[0] * call.head_sizes[1]]
+
+
+def packed(b: Builder, x: ir.Value, heads: int, size: int) -> ir.Value:
+    """Return ``[B, H, S, D]`` as ``[B, S, H * D]``: what it was unpacked from where the graph shows it."""
+    node = x.producer()
+    if node is not None and node.op_type == "Transpose" and node.domain == "" and _perm(node) == [0, 2, 1, 3]:
+        y = node.inputs[0]
+        assert y is not None, "a Transpose has an input"
+    else:
+        y = b.op("Transpose", x, perm=[0, 2, 1, 3])
+    node = y.producer()
+    if node is not None and node.op_type == "Reshape" and node.domain == "":
+        source = node.inputs[0]
+        if source is not None and _merges(source, y, heads, size):
+            return source
+    return b.op("Reshape", y, b.ints(0, 0, heads * size))
+
+
+def _perm(node: ir.Node) -> list[int] | None:
+    attribute = node.attributes.get("perm")
+    return None if attribute is None else list(attribute.as_ints())
+
+
+def _merges(packed_: ir.Value, parted: ir.Value, heads: int, size: int) -> bool:
+    """Say whether ``packed_`` ``[B, S, H * D]`` is ``parted`` ``[B, S, H, D]`` merged, by known shapes."""
+    if packed_.shape is None or parted.shape is None or len(packed_.shape) != 3 or len(parted.shape) != 4:
+        return False
+    same = all(_same(packed_.shape[i], parted.shape[i]) for i in (0, 1))
+    return same and packed_.shape[2] == heads * size and parted.shape[2] == heads and parted.shape[3] == size
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Say whether two sizes are known to be equal."""
+    if isinstance(a, int) or isinstance(b, int):
+        return isinstance(a, int) and isinstance(b, int) and a == b
+    return a.value is not None and a.value == b.value
+
+
+def unpacked(b: Builder, x: ir.Value, call: Call) -> ir.Value:
+    """Return ``[B, Sq, H * Dv]`` as ``[B, H, Sq, Dv]``."""
+    parted = b.op("Reshape", x, b.ints(0, 0, call.heads[0], call.head_sizes[1]), dtype=call.dtype)
+    return b.op("Transpose", parted, perm=[0, 2, 1, 3], dtype=call.dtype)
+
+
+def bias_fill(call: Call) -> float:
+    """Return what is added at hidden positions so that the row is what the spec's fill makes it.
+
+    Replacing by a finite value equals adding one that swallows every score: hidden keys weigh exactly 0
+    beside a visible one, and a query that sees none spreads evenly.
+    """
+    fill = call.spec.fill
+    if not math.isfinite(fill.value):
+        return fill.value
+    value = ABSORBS if fill.how == "replace" else max(fill.value, ABSORBS)
+    return max(value, torch.finfo(call.dtype).min)
+
+
+def _bias(
+    b: Builder,
+    call: Call,
+    folded: Folded,
+    mask: Mask,
+    q: ir.Value,
+    k: ir.Value,
+    named: Mapping[str, ir.Value],
+    shared: Shared,
+) -> ir.Value | None:
+    """Write all that is added to the scores as one tensor ``[1 or B, 1 or H, Sq, Sk]``, or return None."""
+    if isinstance(mask, Full) and not folded.biases:
+        return None
+    ids = tuple(id(named[o]) for o in mask.operands)
+    terms = tuple((id(named[n]), f) for n, f in folded.biases)
+    key = (str(mask), ids, str(call.spec.fill), terms, call.dtype, call.lengths)
+    if key in shared:
+        found: ir.Value = shared[key]
+        return found
+    total = _added(b, call, folded, named)
+    if not isinstance(mask, Full):
+        visible, hidden = keep(b, mask, q, k, named), b.const(bias_fill(call), call.dtype)
+        if total is None or call.spec.fill.how == "replace":
+            total = b.const(0.0, call.dtype) if total is None else total
+            total = b.op("Where", visible, total, hidden, dtype=call.dtype)
+        else:
+            fill = b.op("Where", visible, b.const(0.0, call.dtype), hidden, dtype=call.dtype)
+            total = b.op("Add", total, fill, dtype=call.dtype)
+    assert total is not None, "a mask or a bias was written"
+    shape = b.op("Concat", b.ints(1, 1), b.size(q, 2), b.size(k, 2), axis=0, dtype=torch.int64)
+    shared[key] = b.op("Expand", total, shape, dtype=call.dtype)
+    return shared[key]  # type: ignore[no-any-return]
+
+
+def _added(b: Builder, call: Call, folded: Folded, named: Mapping[str, ir.Value]) -> ir.Value | None:
+    """Write the sum of the biases with their factors."""
+    total: ir.Value | None = None
+    for name, factor in folded.biases:
+        term = b.cast(named[name], call.dtype)
+        if factor != 1.0:
+            term = b.op("Mul", term, b.const(factor, call.dtype), dtype=call.dtype)
+        total = term if total is None else b.op("Add", total, term, dtype=call.dtype)
+    return total
+
+
+def _head_sink(b: Builder, call: Call, named: Mapping[str, ir.Value]) -> ir.Value | None:
+    """Return the sink logits ``[H]`` in the site's type, or None."""
+    sink = call.spec.norm.sink
+    if sink is None:
+        return None
+    if isinstance(sink, str):
+        flat = b.op("Reshape", named[sink], b.ints(-1))
+        return b.op("Expand", b.cast(flat, call.dtype), b.ints(call.heads[0]), dtype=call.dtype)
+    return b.const([sink] * call.heads[0], call.dtype)
+
+
+def _needs_zeros(call: Call, folded: Folded) -> bool:
+    """Say whether rows of NaN, which the operator gives for a query that sees no key, must become zeros."""
+    norm = call.spec.norm
+    hidden = call.spec.fill.value == -math.inf and call.may_see_nothing()
+    return norm.safe and norm.sink is None and (hidden or bool(folded.biases))
+
+
+def _seen(b: Builder, call: Call, split: Split, bias: ir.Value | None, visible: ir.Value | None) -> ir.Value:
+    """Write ``[.., Sq, 1]``, True where a query sees a key: by the bias, or by the mask if given."""
+    if visible is not None:
+        most = b.op("ReduceMax", b.cast(visible, torch.int32), b.ints(-1), keepdims=1, dtype=torch.int32)
+        return b.cast(most, torch.bool)
+    assert split.band is None, "an attribute hides keys that the bias does not"
+    assert bias is not None, "a query that may see nothing has a mask or a bias"
+    most = b.op("ReduceMax", bias, b.ints(-1), keepdims=1, dtype=call.dtype)
+    return b.op("Greater", most, b.const(-math.inf, call.dtype), dtype=torch.bool)

@@ -1,0 +1,86 @@
+"""Write a site as it was decided: a fused operator, a model-local function, or basic operators in line."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from attnc.codegen.onnx.builder import OURS, Builder
+from attnc.codegen.onnx.decompose import decompose
+from attnc.codegen.onnx.fused import Shared, fuse
+from attnc.codegen.onnx.sites import Call
+from attnc.codegen.onnx.table import Row
+from attnc.ir import AttentionSpec, Operand
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Functions = dict[str, "ir.Function"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Written:
+    """What a site became: its results (lse from basic operators alone) and the operator."""
+
+    out: ir.Value
+    lse: ir.Value | None
+    operator: str
+    domain: str
+    attributes: dict[str, Any]
+
+
+def lower(
+    b: Builder,
+    call: Call,
+    row: Row | None,
+    inputs: Sequence[ir.Value],
+    shared: Shared,
+    functions: Functions | None,
+    opset: int,
+) -> Written:
+    """Write ``call`` on ``inputs`` (q, k, v, captured); ``functions`` takes new ones, None means in line."""
+    q, k, v, *captured = inputs
+    if row is not None:
+        out, attributes = fuse(b, call, row.operator, q, k, v, captured, shared)
+        return Written(out, None, row.operator, row.domain or "ai.onnx", attributes)
+    if functions is None:
+        out, lse = decompose(b, call.spec, call.heads, q, k, v, captured, lse=call.lse_used)
+        return Written(out, lse, "basic operators", "ai.onnx", {})
+    name = function_name(call)
+    if name not in functions:
+        functions[name] = _function(name, call, opset)
+    out, *rest = b.ops(name, *inputs, domain=OURS, outputs=1 + call.lse_used, dtype=call.dtype)
+    return Written(out, rest[0] if rest else None, name, OURS, {})
+
+
+def function_name(call: Call) -> str:
+    """Return ``Attention_<digest>``, equal where specs differ in sizes alone: a body reads its sizes."""
+
+    def sizeless(o: Operand) -> Operand:
+        return dataclasses.replace(o, shape=())
+
+    spec: AttentionSpec = dataclasses.replace(
+        call.spec,
+        q=sizeless(call.spec.q),
+        k=sizeless(call.spec.k),
+        v=sizeless(call.spec.v),
+        captured=tuple(map(sizeless, call.spec.captured)),
+    )
+    text = f"{spec} heads={call.heads} lse={call.lse_used}"
+    return f"Attention_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _function(name: str, call: Call, opset: int) -> ir.Function:
+    import onnx_ir as ir
+
+    names = ("q", "k", "v", *(o.name for o in call.spec.captured))
+    # Types are left out, so a body begins with the casts that the spec's own types ask for.
+    inputs = [ir.Value(name=f"in_{n}") for n in names]
+    b = Builder("f")
+    q, k, v, *captured = inputs
+    out, lse = decompose(b, call.spec, call.heads, q, k, v, captured, lse=call.lse_used)
+    outputs = [out] if lse is None else [out, lse]
+    graph = ir.Graph(inputs, outputs, nodes=b.nodes, opset_imports={"": opset}, name=name)
+    return ir.Function(OURS, name, graph=graph, attributes=[])
