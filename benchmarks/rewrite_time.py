@@ -2,8 +2,9 @@
 
     python benchmarks/rewrite_time.py [--quick]
 
-Models are BERT with 6, 12, 24 and 48 layers (small widths: the graph is what counts).  Rewriting is detect + plan + rewrite + lower.  Prints the median of
-three runs per depth and the growth exponent, the slope of log(time) over log(nodes).
+Models are BERT with 6, 12, 24 and 48 layers (small widths: the graph is what counts).  Rewriting is detect +
+plan + rewrite + lower.  Prints the median of three runs per depth and the growth exponent, the slope of
+log(time) over log(nodes).
 """
 
 from __future__ import annotations
@@ -26,12 +27,22 @@ STAGES = ("detect", "plan", "rewrite", "lower")
 
 def measure(layers: int, repeats: int) -> tuple[int, float, dict[str, float]]:
     """Return (nodes, median seconds of all stages, median seconds by stage) for one depth."""
-    config = BertConfig(hidden_size=48, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=96, vocab_size=101, max_position_embeddings=64, attn_implementation="eager")
+    config = BertConfig(
+        hidden_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=96,
+        vocab_size=101,
+        max_position_embeddings=64,
+        attn_implementation="eager",
+    )
     model = BertModel(config).eval()
     mask = torch.ones(2, 11, dtype=torch.long)
     mask[1, 7:] = 0
     with torch.no_grad():
-        captured = capture_export(model, (), {"input_ids": torch.randint(1, 100, (2, 11)), "attention_mask": mask})
+        captured = capture_export(
+            model, (), {"input_ids": torch.randint(1, 100, (2, 11)), "attention_mask": mask}
+        )
     nodes = len(captured.work.nodes)
     runs = []
     for _ in range(repeats):
@@ -54,12 +65,16 @@ def main() -> int:
         nodes, seconds, by_stage = measure(layers, 3)
         points.append((nodes, seconds))
         detail = "  ".join(f"{n} {t * 1e3:.0f}" for n, t in by_stage.items())
-        print(f"{layers:>7}{nodes:>7}{seconds * 1e3:>9.1f}{seconds * 1e3 / nodes:>9.3f}   {detail}", flush=True)
+        print(
+            f"{layers:>7}{nodes:>7}{seconds * 1e3:>9.1f}{seconds * 1e3 / nodes:>9.3f}   {detail}", flush=True
+        )
     xs, ys = ([math.log(p[i]) for p in points] for i in (0, 1))
     mx, my = statistics.mean(xs), statistics.mean(ys)
     exponent = sum((x - mx) * (y - my) for x, y in zip(xs, ys, strict=True)) / sum((x - mx) ** 2 for x in xs)
     worst = max(t * 1e3 / n for n, t in points)
-    print(f"growth exponent {exponent:.2f} (limit {LIMIT_EXPONENT}); worst {worst:.3f} ms per node (limit {LIMIT_MS})")
+    print(
+        f"growth {exponent:.2f} (limit {LIMIT_EXPONENT}); worst {worst:.3f} ms/node (limit {LIMIT_MS})"
+    )
     return int(worst > LIMIT_MS or exponent > LIMIT_EXPONENT)
 
 

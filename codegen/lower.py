@@ -1,4 +1,7 @@
-"""Lower ``attend`` nodes of a graph to what their backend runs, or to plain ATen for artefacts that leave us."""
+"""Lower ``attend`` nodes of a graph to what their backend runs.
+
+Or to plain ATen for artefacts that leave us.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ from attnc.ir import AttentionSpec
 from attnc.printer import parse
 
 aten = torch.ops.aten
-_PURE_STRIDES = frozenset({"permute", "transpose", "unsqueeze", "squeeze", "expand", "slice", "select", "alias", "detach", "t"})
+_PURE_STRIDES = frozenset(
+    {"permute", "transpose", "unsqueeze", "squeeze", "expand", "slice", "select", "alias", "detach", "t"}
+)
 
 
 def attends(graph: fx.Graph) -> list[fx.Node]:
@@ -40,12 +45,17 @@ def lower(graph: fx.Graph, portable: bool = False) -> tuple[dict[str, int], dict
             backend = "sdpa"
         made = _lowered(node, spec, backend, build, portable, renamed)
         counts[backend if made else "attend"] = counts.get(backend if made else "attend", 0) + 1
+    graph.eliminate_dead_code()
     return counts, renamed
 
 
-def _lowered(node: fx.Node, spec: AttentionSpec, backend: str, build: Builder, portable: bool, renamed: dict[str, str]) -> bool:
+def _lowered(
+    node: fx.Node, spec: AttentionSpec, backend: str, build: Builder, portable: bool, renamed: dict[str, str]
+) -> bool:
     reads = list(node.users)
-    if backend not in ("sdpa", "flex") or any(u.target is not operator.getitem or u.args[1] != 0 for u in reads):
+    if backend not in ("sdpa", "flex") or any(
+        u.target is not operator.getitem or u.args[1] != 0 for u in reads
+    ):
         return False
     q, k, v, captured, _ = node.args
     build.before(node, node.meta.get("attnc"), node)
@@ -63,7 +73,7 @@ def _lowered(node: fx.Node, spec: AttentionSpec, backend: str, build: Builder, p
 
 
 def _with_strides(out: fx.Node, read: fx.Node, build: Builder) -> fx.Node:
-    """Return a contiguous copy of ``out`` if its strides differ from what the users were traced with and one of them makes a ``view``."""
+    """Return a contiguous copy of ``out`` if its strides are new and some user makes a ``view`` of it."""
     if out.meta["val"].stride() == read.meta["val"].stride() or not _viewed(read, lambda n: n.users):
         return out
     return build.call(aten.clone.default, out, memory_format=torch.contiguous_format)

@@ -1,7 +1,7 @@
 """Choose a backend for a spec: the first that can run it, in order of preference for the target.
 
-``reference`` (the ``attend`` op itself, an executed spec) can run everything, so every site has a backend; it is not faster than the
-user's code, and the cost model may leave such a site alone.
+``reference`` (the ``attend`` op itself, an executed spec) can run everything, so every site has a backend; it
+is not faster than the user's code, and the cost model may leave such a site alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ BACKENDS: tuple[tuple[str, Check], ...] = (
 )
 
 
-def select(spec: AttentionSpec, target: str, allow: frozenset[str] | None = None) -> tuple[str, tuple[Miss, ...]]:
+def select(
+    spec: AttentionSpec, target: str, allow: frozenset[str] | None = None
+) -> tuple[str, tuple[Miss, ...]]:
     """Return the backend's name and why those before it in the order were passed over.
 
     ``target`` is ``cpu``, ``cuda`` or ``cuda:sm_90``; ``allow`` limits the names.

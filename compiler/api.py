@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx, nn
@@ -29,12 +29,24 @@ if TYPE_CHECKING:
     from attnc.ir import Kernel
     from attnc.opening import Opened
 
-__all__ = ["Session", "dynamo_rewriter", "emit", "export_onnx", "inspect", "optimize", "parse_forms", "session"]
+__all__ = [
+    "Session",
+    "dynamo_rewriter",
+    "emit",
+    "export_onnx",
+    "inspect",
+    "optimize",
+    "parse_forms",
+    "session",
+]
 
 Progress = Callable[[str, float], None]
 _TARGETS = ("cpu", "cuda")
 _FAR = 8.0
-"""How many tolerances a SAME model may be off as a whole before it is put back: errors of sites add up and are not of one sign."""
+"""How many tolerances a SAME model may be off as a whole before it is put back.
+
+Errors of sites add up and are not of one sign.
+"""
 
 
 @dataclass
@@ -92,21 +104,28 @@ def optimize(
     cost_model: bool = True,
     progress: Progress | None = None,
 ) -> nn.Module:
-    """Return a module that computes what ``model`` does, with its attention sites rewritten; ``model`` stays as it was.
+    """Return a module that computes what ``model`` does, with its attention sites rewritten.
+
+    ``model`` stays as it was.
 
     Args:
-        model: a module, an ``fx.GraphModule``, an ``ExportedProgram``, or a path (Hugging Face directory, ``.pt2``, ``file.py:callable``).
-        args: example positional inputs; without any inputs a module is captured at its first call, as torch.compile does.
+        model: a module, an ``fx.GraphModule``, an ``ExportedProgram``, or a path (Hugging Face directory,
+            ``.pt2``, ``file.py:callable``).
+        args: example positional inputs; without any inputs a module is captured at its first call, as
+            torch.compile does.
         kwargs: example keyword inputs.
-        dynamic_shapes: "auto" lets every size vary that can; None fixes all; anything else goes to torch.export.
-        forms: what is allowed: "fused" (SAME only), a form, a list, or a mapping from module-path patterns to forms.
+        dynamic_shapes: "auto" lets every size vary that can; None fixes all; anything else goes to
+            torch.export.
+        forms: what is allowed: "fused" (SAME only), a form, a list, or a mapping from module-path patterns to
+            forms.
         target: "cpu", "cuda" or "cuda:sm_90"; None is the model's device.
         verify: check every rewritten site against the original and put back those that fail.
         cost_model: leave sites alone whose rewrite is predicted to be slower; False rewrites all that can be.
         progress: called with (stage, fraction) as stages begin.
 
     Returns:
-        a module of the same class sharing the model's tensors (those of quantized layers excepted), with a ``.report``.
+        a module of the same class sharing the model's tensors (those of quantized layers excepted), with a
+        ``.report``.
 
     Raises:
         CaptureError: the forward fails on the example inputs.
@@ -117,14 +136,18 @@ def optimize(
     if isinstance(model, str | os.PathLike):
         from attnc.opening import open_model
 
-        source = open_model(model)
+        source = open_model(os.fspath(model))
         model = source.model
         if not args and not kwargs:
             args, kwargs = source.args, source.kwargs
     if isinstance(model, ExportedProgram):
-        return _optimize_program(model, allowed, _target(target, model.state_dict.values()), verify, cost_model, progress)
+        return _optimize_program(
+            model, allowed, _target(target, model.state_dict.values()), verify, cost_model, progress
+        )
     if not isinstance(model, nn.Module):
-        raise CaptureError(f"optimize: expected a module, an ExportedProgram or a path, found {type(model).__name__}")
+        raise CaptureError(
+            f"optimize: expected a module, an ExportedProgram or a path, found {type(model).__name__}"
+        )
     device = _target(target, model.parameters())
     report = Report(__version__, type(model).__name__, device)
     state = Session(allowed, device, args, dict(kwargs or {}), report, dynamic_shapes, source=source)
@@ -135,15 +158,26 @@ def optimize(
 
 
 def inspect(
-    model: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, forms: Any = "fused", target: str | None = None, progress: Progress | None = None
+    model: Any,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    forms: Any = "fused",
+    target: str | None = None,
+    progress: Progress | None = None,
 ) -> Report:
-    """Return what ``optimize`` would find and plan, changing and verifying nothing; needs example inputs.  Raises as ``optimize``."""
+    """Return what ``optimize`` would find and plan, changing and verifying nothing.
+
+    Needs example inputs.  Raises as ``optimize``.
+    """
     if isinstance(model, str | os.PathLike):
         from attnc.opening import open_model
 
-        opened = open_model(model)
+        opened = open_model(os.fspath(model))
         model, args, kwargs = opened.model, args or opened.args, kwargs or opened.kwargs
-    captured = capture_exported(model) if isinstance(model, ExportedProgram) else capture_export(model, args, kwargs)
+    captured = (
+        capture_exported(model) if isinstance(model, ExportedProgram) else capture_export(model, args, kwargs)
+    )
     tensors = model.state_dict.values() if isinstance(model, ExportedProgram) else model.parameters()
     device = _target(target, tensors)
     outcome = run(captured, Options(parse_forms(forms), device, verify=False, progress=progress))
@@ -160,7 +194,9 @@ def session(fast: nn.Module) -> Session:
     """
     state = fast.__dict__.get("_attnc")
     if not isinstance(state, Session):
-        raise RewriteError(f"expected a module that attnc.optimize returned, found a plain {type(fast).__name__}")
+        raise RewriteError(
+            f"expected a module that attnc.optimize returned, found a plain {type(fast).__name__}"
+        )
     return state
 
 
@@ -174,9 +210,12 @@ def export_onnx(
     force: bool = False,
     progress: Progress | None = None,
 ) -> list[Any]:
-    """Write an ONNX file in which each rewritten site is the best operator of ``target``; return what each site became.
+    """Write an ONNX file in which each rewritten site is the best operator of ``target``.
 
-    ``model`` is a result of ``optimize`` or anything ``optimize`` takes.  The file is run in ONNX Runtime against the model before it gets its name.
+    Return what each site became.
+
+    ``model`` is a result of ``optimize`` or anything ``optimize`` takes.  The file is run in ONNX Runtime
+    against the model before it gets its name.
 
     Raises:
         CodegenError: the conversion failed, or the file disagrees with the model.
@@ -184,15 +223,32 @@ def export_onnx(
     """
     from attnc.codegen.onnx.export import export
 
-    fast = model if isinstance(model, nn.Module) and "_attnc" in model.__dict__ else optimize(model, args, kwargs, cost_model=False, progress=progress)
+    fast = (
+        model
+        if isinstance(model, nn.Module) and "_attnc" in model.__dict__
+        else optimize(model, args, kwargs, cost_model=False, progress=progress)
+    )
     state = session(fast)
     if not state.attends:
-        raise RewriteError("export_onnx: expected a model optimized with example inputs, found one that has not been captured as one program")
-    return export(state.attends[0], Path(path), target=target, force=force, check_inputs=[(state.args, state.kwargs)], reference=fast)
+        raise RewriteError(
+            "export_onnx: expected a model optimized with example inputs, found one not captured whole"
+        )
+    return export(
+        state.attends[0],
+        Path(path),
+        target=cast(Any, target),
+        force=force,
+        check_inputs=[(state.args, state.kwargs)],
+        reference=fast,
+    )
 
 
-def emit(model: nn.Module | str | os.PathLike[str], directory: str | os.PathLike[str], *, force: bool = False) -> list[Kernel]:
-    """Write one readable, self-contained Triton file per distinct kernel of ``model``'s sites; return the kernels.
+def emit(
+    model: nn.Module | str | os.PathLike[str], directory: str | os.PathLike[str], *, force: bool = False
+) -> list[Kernel]:
+    """Write one readable, self-contained Triton file per distinct kernel of ``model``'s sites.
+
+    Return the kernels.
 
     Raises:
         UnsupportedError: no site can be emitted.
@@ -201,7 +257,11 @@ def emit(model: nn.Module | str | os.PathLike[str], directory: str | os.PathLike
     from attnc.codegen.triton import emit_all
     from attnc.files import write_directory
 
-    fast = model if isinstance(model, nn.Module) and "_attnc" in model.__dict__ else optimize(model, cost_model=False)
+    fast = (
+        model
+        if isinstance(model, nn.Module) and "_attnc" in model.__dict__
+        else optimize(model, cost_model=False)
+    )
     specs = [r.spec for r in session(fast).report.sites if r.spec and r.status != "missed"]
     kernels: list[Kernel] = emit_all(specs)
     with write_directory(Path(directory), force=force) as folder:
@@ -211,20 +271,35 @@ def emit(model: nn.Module | str | os.PathLike[str], directory: str | os.PathLike
 
 
 def dynamo_rewriter(**options: Any) -> Callable[[Captured], bool]:
-    """Return the rewriter behind ``torch.compile(model, backend="attnc", options={...})``; options are those of ``optimize``."""
+    """Return the rewriter behind ``torch.compile(model, backend="attnc", options={...})``.
+
+    Options are those of ``optimize``.
+    """
     report = Report(__version__, "compiled", str(options.get("target") or "cpu"))
     known = {"forms", "target", "verify", "cost_model"}
     if set(options) - known:
-        raise RewriteError(f"torch.compile(backend='attnc'): expected options among {sorted(known)}, found {sorted(set(options) - known)}")
+        raise RewriteError(
+            f"torch.compile(backend='attnc'): expected options among {sorted(known)}, "
+            f"found {sorted(set(options) - known)}"
+        )
     forms = parse_forms(options.get("forms", "fused"))
     state = Session(forms, report.target, (), {}, report)
     return _Work(state, options.get("verify", True), options.get("cost_model", True), None).rewrite
 
 
-def _optimize_program(program: ExportedProgram, forms: Forms, target: str, verify: bool, cost_model: bool, progress: Progress | None) -> nn.Module:
+def _optimize_program(
+    program: ExportedProgram,
+    forms: Forms,
+    target: str,
+    verify: bool,
+    cost_model: bool,
+    progress: Progress | None,
+) -> nn.Module:
     """Rewrite an ExportedProgram; the result is its module."""
     captured = capture_exported(program)
-    outcome = run(captured, Options(forms, target, verify, cost_model, False, progress), _placeholders(program))
+    outcome = run(
+        captured, Options(forms, target, verify, cost_model, False, progress), _placeholders(program)
+    )
     report = Report(__version__, "ExportedProgram", target)
     _add(report, outcome, captured)
     assert outcome.runtime is not None
@@ -244,7 +319,10 @@ class _Work:
         self._failure: ForwardError | None = None
 
     def ahead(self, model: nn.Module) -> nn.Module:
-        """Capture now, with the session's example inputs; a model that cannot be captured whole is compiled piece by piece."""
+        """Capture now, with the session's example inputs.
+
+        A model that cannot be captured whole is compiled piece by piece.
+        """
         clone = clone_module(model)
         self._quantize(clone)
         fast = make_result(
@@ -268,9 +346,14 @@ class _Work:
         """Capture at the first call, piece by piece."""
         clone = clone_module(model)
         if any(f.scope == "projections" for f in self.state.forms.of(W8A8)):
-            raise RewriteError("w8a8(scope='projections'): expected example inputs, which say which layers are projections; or use scope='all'")
+            raise RewriteError("w8a8(scope='projections'): expected example inputs, or scope='all'")
         self._quantize(clone)
-        return make_result(clone, None, lazy=make_backend(self.rewrite, declined=self.state.report.warnings.append), report=self.state.report)
+        return make_result(
+            clone,
+            None,
+            lazy=make_backend(self.rewrite, declined=self.state.report.warnings.append),
+            report=self.state.report,
+        )
 
     def build(self, plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExportedProgram:
         """Capture one program and run the pipeline on it."""
@@ -283,8 +366,13 @@ class _Work:
         assert outcome.runtime is not None
         return outcome.runtime
 
-    def _build_or_note(self, plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExportedProgram:
-        """Build; remember that the model's own forward failed, which the dispatcher leaves to the forward to raise."""
+    def _build_or_note(
+        self, plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> ExportedProgram:
+        """Build; remember that the model's own forward failed.
+
+        Which the dispatcher leaves to the forward to raise.
+        """
         try:
             return self.build(plain, args, kwargs)
         except ForwardError as e:
@@ -297,7 +385,9 @@ class _Work:
         return self._run(captured, trains, None).rewritten > 0
 
     def _run(self, captured: Captured, trains: bool, placeholders: Mapping[str, Any] | None) -> Outcome:
-        options = Options(self.state.forms, self.state.target, self.verify, self.cost_model, trains, self.progress)
+        options = Options(
+            self.state.forms, self.state.target, self.verify, self.cost_model, trains, self.progress
+        )
         outcome = run(captured, options, placeholders)
         _add(self.state.report, outcome, captured)
         return outcome
@@ -312,7 +402,9 @@ class _Work:
         if any(f.scope == "all" for f in wanted):
             names = [n for n, m in clone.named_modules() if type(m) is nn.Linear]
         else:
-            captured = capture_export(clone, self.state.args, self.state.kwargs, dynamic_shapes=self.state.dynamic_shapes)
+            captured = capture_export(
+                clone, self.state.args, self.state.kwargs, dynamic_shapes=self.state.dynamic_shapes
+            )
             names = run(captured, Options(self.state.forms, self.state.target, verify=False)).linears
         done = quantize_modules(clone, names)
         self.state.quantized = tuple(done)
@@ -324,20 +416,29 @@ class _Work:
         from attnc.verify import check_model
 
         self._tell("check")
-        bounded = bool(self.state.quantized) or any(s.contract == "BOUNDED" for s in self.state.report.sites if s.status == "rewritten")
+        bounded = bool(self.state.quantized) or any(
+            s.contract == "BOUNDED" for s in self.state.report.sites if s.status == "rewritten"
+        )
         report = self.state.report
         with torch.no_grad(), _same_random_numbers():
             report.checks = check_model(model, fast, self.state.args, self.state.kwargs, bounded=bounded)
         error, tolerance = report.checks.get("error"), report.checks.get("tolerance")
-        far = report.checks.get("unequal") or (error is not None and tolerance is not None and not error <= _FAR * tolerance)
+        far = report.checks.get("unequal") or (
+            error is not None and tolerance is not None and not error <= _FAR * tolerance
+        )
         if not bounded and far:
             self._put_back(fast, str(report.checks.get("reason")))
 
     def _put_back(self, fast: nn.Module, reason: str) -> None:
-        """Give the result the original forward: as a whole it is not the same function, whatever its sites are."""
+        """Give the result the original forward.
+
+        As a whole it is not the same function, whatever its sites are.
+        """
         fast.__dict__.pop("forward", None)
         self.state.outcomes.clear()
-        self.state.report.warnings.append(f"the rewritten model disagrees with the original and was put back: {reason}")
+        self.state.report.warnings.append(
+            f"the rewritten model disagrees with the original and was put back: {reason}"
+        )
         for site in self.state.report.sites:
             if site.status == "rewritten":
                 site.status, site.reason = "kept", f"whole model disagrees, put back: {reason}"
@@ -348,7 +449,10 @@ class _Work:
 
 
 def _placeholders(program: ExportedProgram, inputs: Any = None) -> dict[str, Any] | None:
-    """Return the values of a program's inputs by placeholder name: its weights, and the example inputs if there are any."""
+    """Return the values of a program's inputs by placeholder name.
+
+    Its weights, and the example inputs if there are any.
+    """
     inputs = program.example_inputs if inputs is None else inputs
     if inputs is None:
         return None
@@ -396,4 +500,3 @@ def _same_random_numbers() -> Iterator[None]:
         yield
     finally:
         torch.random.set_rng_state(state)
-

@@ -68,7 +68,7 @@ H200 = Ceilings("H200 sm_90, bfloat16", 790e12, 4.3e12, 3.9e12, "measured and pu
 
 @dataclass(frozen=True)
 class Cost:
-    """What one run of a site costs: operations, bytes to and from memory, and the floor of its time in seconds."""
+    """What one run of a site costs: operations, bytes moved, and the floor of its time in seconds."""
 
     flops: float
     bytes: float
@@ -112,7 +112,8 @@ def site_cost(
         dqk: head size of queries and keys.
         dv: head size of values.
         dtype: of operands and scores.
-        fused: scores are never stored, and hidden tiles are skipped.  Else scores are stored after each step: product, scale, mask, softmax.
+        fused: scores are never stored, and hidden tiles are skipped; else they are stored after each step:
+            product, scale, mask, softmax.
         machine: the ceilings for ``seconds``.
         live: share of the pairs that a fused form computes, 0 to 1; eager attention computes all.
         masked: whether a dense mask ``[Sq, Sk]`` is read.
@@ -154,8 +155,8 @@ def predict_gain(
     if target != "cpu":
         costs = [
             site_cost(
-                b=b, h=h, hk=h, sq=sq, sk=sk, dqk=HEAD_SIZE, dv=HEAD_SIZE, dtype=dtype, fused=fused, machine=H200,
-                live=live, masked=masked,
+                b=b, h=h, hk=h, sq=sq, sk=sk, dqk=HEAD_SIZE, dv=HEAD_SIZE, dtype=dtype, fused=fused,
+                machine=H200, live=live, masked=masked,
             ).seconds
             for fused in (False, True)
         ]  # fmt: skip
@@ -167,10 +168,10 @@ def predict_gain(
 def crossover(
     dtype: torch.dtype, threads: int | None = None, *, heads: int = HEADS, masked: bool = False
 ) -> int:
-    """Return the least length in tokens from which fusing self-attention always wins, with ``heads`` = batch times heads.
+    """Return the least length in tokens from which fusing self-attention always wins.
 
-    ``ALWAYS`` (0) if it wins at every measured size, ``NEVER`` if it loses at the largest and the gain does
-    not rise.
+    ``heads`` is the batch times the heads.  ``ALWAYS`` (0) if it wins at every measured size, ``NEVER`` if it
+    loses at the largest and the gain does not rise.
     """
     points = table(dtype, threads)
     gains = [p.masked if masked else p.plain for p in points]
@@ -207,7 +208,7 @@ def _interpolate(points: Sequence[Point], scores: int, masked: bool) -> float:
 
 
 def table(dtype: torch.dtype, threads: int | None = None) -> tuple[Point, ...]:
-    """Return the measured table, from memory, from disk, or by measuring now (about a second, real tensors, no grad).
+    """Return the measured table, from memory, from disk, or by measuring now (about a second).
 
     Raises:
         ValueError: a dtype other than float32, bfloat16 and float16.
@@ -218,7 +219,7 @@ def table(dtype: torch.dtype, threads: int | None = None) -> tuple[Point, ...]:
 
 
 def cache_dir() -> Path:
-    """Return where tables are kept: ``ATTNC_CACHE_DIR``, or ``attnc`` in ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Return where tables are kept: ATTNC_CACHE_DIR, or ``attnc`` in XDG_CACHE_HOME or ``~/.cache``."""
     if own := os.environ.get("ATTNC_CACHE_DIR"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "attnc"
@@ -254,13 +255,13 @@ def _table(dtype: torch.dtype, threads: int, folder: Path) -> tuple[Point, ...]:
 
 
 def measure(dtype: torch.dtype, timer: Timer | None = None) -> tuple[Point, ...]:
-    """Time eager against fused attention at rising lengths until ``BUDGET`` is spent, with torch's present thread count."""
+    """Time eager against fused attention at rising lengths, until ``BUDGET`` is spent."""
     timer = timer or _time_pair
     points: list[Point] = []
     start, per_run = time.perf_counter(), 0.0
     for tokens in LENGTHS:
         left = BUDGET - (time.perf_counter() - start)
-        # work grows fourfold per doubling; two runs of a pair with and without mask each, or one each when time is short
+        # Work grows fourfold per doubling; plain and masked are run three times each, or once when short
         if points and 4 * per_run * 2 > left:
             break
         once = 4 * per_run * 6 > left
@@ -271,7 +272,7 @@ def measure(dtype: torch.dtype, timer: Timer | None = None) -> tuple[Point, ...]
 
 
 def _time_pair(dtype: torch.dtype, tokens: int, masked: bool, once: bool) -> tuple[float, float, float]:
-    """Time both in turns, after a warm-up unless ``once``; return median seconds and the median of the ratios."""
+    """Time both in turns, after a warm-up unless ``once``; return median seconds and the median ratio."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, HEADS, tokens, HEAD_SIZE, generator=g).to(dtype) for _ in range(3))
     mask = torch.zeros(1, 1, tokens, tokens, dtype=dtype) if masked else None
@@ -301,7 +302,7 @@ def _eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 
 
 def ceilings(dtype: torch.dtype = torch.float32, threads: int | None = None) -> Ceilings:
-    """Return this CPU's ceilings: a matrix product, a copy and an exponential, timed once (0.2 s) and kept on disk.
+    """Return this CPU's ceilings: a matrix product, a copy and an exponential, timed once and kept.
 
     Raises:
         ValueError: a dtype other than float32, bfloat16 and float16.
@@ -337,7 +338,7 @@ def _measure_ceilings(dtype: torch.dtype) -> list[float]:
 
 
 def _best(run: Callable[[], object]) -> float:
-    """Return the least of the times of ``run`` within 50 ms, in seconds: a ceiling is what nothing disturbed."""
+    """Return the least time of ``run`` within 50 ms, in seconds: a ceiling is what nothing disturbed."""
     run()
     best, start = math.inf, time.perf_counter()
     while time.perf_counter() - start < 0.05 or math.isinf(best):

@@ -1,6 +1,7 @@
-"""Edit a graph by hand: insert typed nodes, share equal ones, erase what a rewrite leaves, and prove that it is gone.
+"""Edit a graph by hand: insert typed nodes, share equal ones, erase what a rewrite leaves.
 
-Dead code elimination is not enough: fx calls dropout and metadata asserts impure and keeps them, and with them the whole old attention.
+Dead code elimination is not enough: fx calls dropout and metadata asserts impure and keeps them, and with
+them the whole old attention.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from attnc import expr as E
+from attnc.capture_alias import _storage_groups as storage_groups
+from attnc.capture_alias import writes
 from attnc.errors import RewriteError
 from attnc.expr import Expr
 from attnc.sizes import dim
@@ -35,7 +38,9 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
 
 
 class Builder:
-    """Insert calls before a point of ``graph``; equal calls are made once (the graph is functional where we insert).
+    """Insert calls before a point of ``graph``; equal calls are made once, where the first one comes before.
+
+    Reading the same node gives the same value everywhere: links to nodes that are written later do not exist.
 
     ``stamp`` goes into the ``attnc`` entry of each new node's meta, so that any node tells who made it.
     """
@@ -47,13 +52,15 @@ class Builder:
         self.like: fx.Node | None = None
         self._point: fx.Node | None = None
         self._made: dict[Any, fx.Node] = {}
+        self._values: dict[Any, Any] = {}
         self._sizes: dict[Expr, fx.Node] = {}
         self._read_sizes()
 
     def _read_sizes(self) -> None:
         """Note which placeholder (or its axis) gives each symbolic size."""
         self._axes: dict[Expr, tuple[fx.Node, int]] = {}
-        self._top = next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
+        inputs = ("placeholder", "get_attr")
+        self._first: fx.Node = next(n for n in self.graph.nodes if n.op not in inputs)
         for node in self.graph.nodes:
             if node.op != "placeholder":
                 continue
@@ -65,20 +72,24 @@ class Builder:
                     if not isinstance(n, int):
                         self._axes.setdefault(dim(n), (node, i))
 
-    def before(self, node: fx.Node, stamp: Mapping[str, Any] | None = None, like: fx.Node | None = None) -> Builder:
-        """Insert before ``node`` from now on; new nodes take module and source line from ``like`` (default: ``node``)."""
+    def before(
+        self, node: fx.Node, stamp: Mapping[str, Any] | None = None, like: fx.Node | None = None
+    ) -> Builder:
+        """Insert before ``node`` from now on.
+
+        New nodes take module and source line from ``like`` (default: ``node``).
+        """
         self._point, self.stamp, self.like = node, stamp or {}, like or node
         return self
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Return a node calling ``target``; its meta value comes from running it on fake tensors."""
         key = (target, _frozen(args), _frozen(kwargs))
-        if key in self._made:
-            return self._made[key]
         assert self._point is not None, "call before() first"
-        values, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.mode, torch.no_grad():
-            val = target(*values, **named)
+        made = self._made.get(key)
+        if made is not None and not made._erased and made < self._point:
+            return made
+        val = self._value(target, args, kwargs)
         with self.graph.inserting_before(self._point):
             node = self.graph.call_function(target, args, kwargs)
         node.meta["val"] = val
@@ -90,8 +101,30 @@ class Builder:
         self._made[key] = node
         return node
 
+    def _value(self, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Return the fake value of a call.
+
+        Layers repeat, so calls on values that look the same are run once.
+        """
+        values, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        key = (target, _looks(values), _looks(named))
+        if key not in self._values:
+            with self.mode, torch.no_grad():
+                self._values[key] = target(*values, **named)
+        return self._values[key]
+
+    def knows(self, n: Expr, near: fx.Node | None = None) -> bool:
+        """Say whether ``size`` can compute the size."""
+        if E.as_int(n) is not None or n in self._sizes or n in self._axes or _axis_of(near, n) is not None:
+            return True
+        if E.only_generator(n) is not None:
+            return False
+        return all(self.knows(E.generator(g), near) for mono, _ in E.terms(n) for g in mono)
+
     def size(self, n: Expr, near: fx.Node | None = None) -> int | fx.Node:
-        """Return a size as a number or as a node that computes it from the graph's inputs (or from an axis of ``near``).
+        """Return a size as a number, or as a node that computes it.
+
+        It is computed from the inputs' sizes, or read from an axis of ``near``.
 
         Raises:
             RewriteError: the size is no polynomial of sizes that some input has.
@@ -99,36 +132,50 @@ class Builder:
         number = E.as_int(n)
         if number is not None:
             return number
-        if n in self._sizes:
-            return self._sizes[n]
-        near_val = near.meta.get("val") if near is not None else None
-        if n not in self._axes and isinstance(near_val, torch.Tensor):
-            for i, m in enumerate(near_val.shape):
-                if not isinstance(m, int) and dim(m) == n:
-                    return self.call(aten.sym_size.int, near, i)
+        known = self._sizes.get(n)
+        if known is not None and not known._erased:
+            return known
+        axis = _axis_of(near, n)
         if n in self._axes:
             self._sizes[n] = out = self._at_top(aten.sym_size.int, *self._axes[n])
             return out
+        if axis is not None:
+            return self.call(aten.sym_size.int, near, axis)
         if E.only_generator(n) is not None:
             raise RewriteError(f"size {n} is no polynomial of the sizes of the inputs")
+        return self._sum(n, near)
+
+    def _sum(self, n: Expr, near: fx.Node | None) -> int | fx.Node:
         total: int | fx.Node | None = None
         for mono, c in E.terms(n):
             part: int | fx.Node = c
             for g in mono:
                 factor = self.size(E.generator(g), near)
-                part = factor if isinstance(part, int) and part == 1 else self._at_top(operator.mul, part, factor)
+                part = (
+                    factor
+                    if isinstance(part, int) and part == 1
+                    else self._at_top(operator.mul, part, factor)
+                )
             total = part if total is None else self._at_top(operator.add, total, part)
-        assert total is not None
-        if isinstance(total, fx.Node):
+        assert total is not None, "zero is a number"
+        if isinstance(total, fx.Node) and total.meta.get("attnc_top"):
             self._sizes[n] = total
         return total
 
+    def _top(self) -> fx.Node:
+        """Return the first node of the user that is not an input; sizes are computed before it."""
+        if self._first._erased:
+            inputs = ("placeholder", "get_attr")
+            of_user = (n for n in self.graph.nodes if n.op not in inputs and not n.meta.get("attnc_top"))
+            self._first = next(of_user)
+        return self._first
+
     def _at_top(self, target: Callable[..., Any], *args: Any) -> fx.Node:
-        """Compute a size where it dominates every use: behind the inputs, or here if it reads a later node."""
+        """Compute a size behind the inputs, where all may use it, or here if it reads a later node."""
         early = all(a.op == "placeholder" or a.meta.get("attnc_top") for a in args if isinstance(a, fx.Node))
         point = self._point
         if early:
-            self._point = self._top
+            self._point = self._top()
         node = self.call(target, *args)
         if early:
             node.meta["attnc_top"] = True
@@ -169,6 +216,14 @@ class Builder:
         return x
 
 
+def _axis_of(near: fx.Node | None, n: Expr) -> int | None:
+    """Return the axis of a node whose size is the symbol or polynomial ``n``."""
+    val = near.meta.get("val") if near is not None else None
+    if not isinstance(val, torch.Tensor):
+        return None
+    return next((i for i, m in enumerate(val.shape) if not isinstance(m, int) and dim(m) == n), None)
+
+
 def _frozen(x: Any) -> Any:
     if isinstance(x, list | tuple):
         return ("seq", *map(_frozen, x))
@@ -177,33 +232,54 @@ def _frozen(x: Any) -> Any:
     return (type(x).__name__, x)
 
 
-def erase(graph: fx.Graph, roots: Iterable[fx.Node], keep: frozenset[str] = frozenset()) -> list[str]:
-    """Erase nodes that have no users, from ``roots`` backwards, whatever fx thinks of their purity; return their names.
+def _looks(x: Any) -> Any:
+    """Return what of a fake value decides the result's metadata."""
+    if isinstance(x, torch.Tensor):
+        sizes = tuple(map(dim, (*x.shape, *x.stride())))
+        return ("tensor", x.dtype, x.device, sizes, dim(x.storage_offset()), x.requires_grad)
+    if isinstance(x, torch.SymInt):
+        return ("size", dim(x))
+    if isinstance(x, list | tuple):
+        return ("seq", *map(_looks, x))
+    if isinstance(x, dict):
+        return tuple(sorted((k, _looks(v)) for k, v in x.items()))
+    return (type(x).__name__, x)
 
-    Inputs of the graph, nodes named in ``keep`` and ops that write to their arguments stay.
+
+def erase(graph: fx.Graph, roots: Iterable[fx.Node], keep: frozenset[str] = frozenset()) -> list[str]:
+    """Erase nodes that have no users, from ``roots`` backwards, whatever fx thinks of their purity.
+
+    Inputs of the graph and nodes named in ``keep`` stay, and so do ops that write to memory which anybody
+    else may read. Returns the names of what is gone.
     """
     gone: list[str] = []
-    stack = [r for r in roots]
-    while stack:
-        node = stack.pop()
-        if node._erased or node.op in ("placeholder", "output") or node.name in keep or _mutates(node):
-            continue
-        for user in list(node.users):
-            if _metadata_only(user) or (not user.users and user.op == "call_function" and not _mutates(user)):
-                graph.erase_node(user)
-        if node.users:
-            continue
-        sources = list(node.all_input_nodes)
+    stack = list(roots)
+    groups: dict[fx.Node, int] = {}
+
+    def drop(node: fx.Node) -> None:
+        stack.extend(node.all_input_nodes)
         gone.append(node.name)
         graph.erase_node(node)
-        stack += sources
+
+    while stack:
+        node = stack.pop()
+        if node._erased or node.op in ("placeholder", "output") or node.name in keep:
+            continue
+        for user in list(node.users):
+            if _metadata_only(user) or (not user.users and user.op == "call_function" and not writes(user)):
+                drop(user)
+        if node.users:
+            continue
+        if not writes(node):
+            drop(node)
+            continue
+        groups = groups or storage_groups(graph)
+        alike = [n for n, g in groups.items() if g == groups.get(node) and not n._erased]
+        if all(n.op == "call_function" and n.name not in keep and set(n.users) <= set(alike) for n in alike):
+            for n in reversed(alike):
+                drop(n)
     return gone
 
 
 def _metadata_only(node: fx.Node) -> bool:
     return "_assert_tensor_metadata" in str(node.target)
-
-
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)

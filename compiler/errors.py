@@ -1,4 +1,4 @@
-"""Errors a user can meet.  Every message says what was being done, what was expected, what was found, what to do."""
+"""Errors a user can meet: each says what was being done, what was expected, what was found, what to do."""
 
 from __future__ import annotations
 

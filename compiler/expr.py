@@ -1,317 +1,87 @@
-"""Symbolic values of tensor elements: integer polynomials over index variables and sizes, comparisons, and float terms.
+"""Symbolic values of tensor elements: integer polynomials, comparisons and logic, loads, and float terms.
 
-Integers are polynomials ``sum coef * product of generators``; a generator is an index variable, a symbolic size, or an
-opaque term (a load, a floor division, a remainder).  Equality is structural: every expression carries a digest that is
-the same in every process, so expressions sort, compare and serve as keys in constant time.
-
-Facts that simplification may use: an index is at least 0, a size is at least 1, and, only where ``upper`` says so, an index
-is below its size.  Views may use the last fact (it is what a view means); masks may not, because a closed form must
-hold at every length (``index < size`` at the traced length says nothing about others).
+The door to three files: ``attnc.terms`` (the node type and its text), ``attnc.polynomial`` (integers) and
+this one (predicates, loads, ``where``, substitution).  Equality is structural.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from collections.abc import Iterable
 from typing import Any
 
-
-class Expr:
-    """An immutable term ``op(args)``.  Compare with ``==``; ``key`` is its digest."""
-
-    __slots__ = ("args", "key", "op")
-
-    def __init__(self, op: str, *args: Any) -> None:
-        self.op, self.args = op, args
-        text = "\0".join(_keys(args))
-        self.key = hashlib.blake2b(f"{op}\1{text}".encode(), digest_size=12).hexdigest()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Expr) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __repr__(self) -> str:
-        return show(self)
-
-
-def _keys(args: Iterable[Any]) -> Iterator[str]:
-    for a in args:
-        if isinstance(a, Expr):
-            yield a.key
-        elif isinstance(a, tuple):
-            yield "(" + "\0".join(_keys(a)) + ")"
-        else:
-            yield f"{type(a).__name__}:{a!r}"
-
-
-Mono = tuple[Expr, ...]
-Terms = tuple[tuple[Mono, int], ...]
-
-# ---------------------------------------------------------------- construction
-
-
-def _poly(acc: dict[Mono, int]) -> Expr:
-    items = [(m, c) for m, c in acc.items() if c]
-    items.sort(key=lambda t: (len(t[0]), [g.key for g in t[0]]))
-    return Expr("poly", tuple(items))
-
-
-@lru_cache(maxsize=4096)
-def integer(n: int) -> Expr:
-    """Return the constant polynomial ``n``."""
-    return Expr("poly", (((), n),) if n else ())
-
-
-def generator(g: Expr) -> Expr:
-    """Return the polynomial that is the one generator ``g``."""
-    return Expr("poly", (((g,), 1),))
-
-
-def index(name: str, size: Expr) -> Expr:
-    """Return an index variable ``0 <= name < size`` as a polynomial."""
-    return generator(Expr("index", name, size))
-
-
-@lru_cache(maxsize=4096)
-def size(name: str) -> Expr:
-    """Return the symbolic size ``name >= 1`` as a polynomial."""
-    return generator(Expr("size", name))
-
-
-def real(x: float) -> Expr:
-    """Return a float constant."""
-    return Expr("const", float(x))
-
-
-TRUE, FALSE = Expr("true"), Expr("false")
-ZERO, ONE = integer(0), integer(1)
-
-
-def terms(p: Expr) -> Terms:
-    """Return the terms of a polynomial as (generators, coefficient)."""
-    assert p.op == "poly", p.op
-    out: Terms = p.args[0]
-    return out
-
-
-def is_int(e: Expr) -> bool:
-    """Say whether ``e`` is an integer polynomial."""
-    return e.op == "poly"
-
-
-def as_int(e: Expr) -> int | None:
-    """Return the number if ``e`` is a constant polynomial, else None."""
-    if e.op != "poly":
-        return None
-    t = e.args[0]
-    if not t:
-        return 0
-    return t[0][1] if len(t) == 1 and not t[0][0] else None
-
-
-def as_number(e: Expr) -> float | int | bool | None:
-    """Return the value of a constant of any type, else None."""
-    if e.op == "const":
-        return e.args[0]  # type: ignore[no-any-return]
-    if e.op in ("true", "false"):
-        return e.op == "true"
-    return as_int(e)
-
-
-def only_index(e: Expr) -> Expr | None:
-    """Return the index generator if ``e`` is exactly one index variable, else None."""
-    g = only_generator(e)
-    return g if g is not None and g.op == "index" else None
-
-
-def only_generator(e: Expr) -> Expr | None:
-    """Return the generator if ``e`` is exactly one generator with coefficient 1, else None."""
-    if e.op == "poly" and len(e.args[0]) == 1:
-        (mono, c) = e.args[0][0]
-        if c == 1 and len(mono) == 1:
-            return mono[0]  # type: ignore[no-any-return]
-    return None
-
-
-# ---------------------------------------------------------------- polynomial arithmetic
-
-
-def add(*ps: Expr) -> Expr:
-    """Return the sum, with ``m * (x // m) + x % m`` folded to ``x``."""
-    acc: dict[Mono, int] = {}
-    opaque = False
-    for p in ps:
-        for m, c in terms(p):
-            acc[m] = acc.get(m, 0) + c
-            opaque = opaque or any(g.op in ("mod", "floordiv") for g in m)
-    if opaque:
-        _fold_division(acc)
-    return _poly(acc)
-
-
-def _fold_division(acc: dict[Mono, int]) -> None:
-    for mono in list(acc):
-        for g in mono:
-            if g.op != "mod" or not acc.get(mono):
-                continue
-            x, m = g.args
-            rest, c = tuple(h for h in mono if h is not g), acc[mono]
-            whole = mul(mul(m, generator(Expr("floordiv", x, m))), _poly({rest: c}))
-            pieces = terms(whole)
-            if all(acc.get(pm) == pc for pm, pc in pieces):
-                del acc[mono]
-                for pm, _ in pieces:
-                    del acc[pm]
-                for xm, xc in terms(mul(x, _poly({rest: c}))):
-                    acc[xm] = acc.get(xm, 0) + xc
-                break
-
-
-def mul(a: Expr, b: Expr) -> Expr:
-    """Return the product of two polynomials."""
-    acc: dict[Mono, int] = {}
-    for ma, ca in terms(a):
-        for mb, cb in terms(b):
-            m = tuple(sorted((*ma, *mb), key=lambda g: g.key)) if ma and mb else ma or mb
-            acc[m] = acc.get(m, 0) + ca * cb
-    return _poly(acc)
-
-
-def neg(a: Expr) -> Expr:
-    """Return ``-a``."""
-    return _poly({m: -c for m, c in terms(a)})
-
-
-def sub(a: Expr, b: Expr) -> Expr:
-    """Return ``a - b``."""
-    return add(a, neg(b))
-
-
-def product(ps: Iterable[Expr]) -> Expr:
-    """Return the product of polynomials, 1 if there are none."""
-    out = ONE
-    for p in ps:
-        out = mul(out, p)
-    return out
-
-
-def exact_div(a: Expr, b: Expr) -> Expr | None:
-    """Return ``a / b`` if the division of polynomials leaves nothing, else None."""
-    if b == ONE:
-        return a
-    if a == b:
-        return ONE
-    if not terms(b):
-        return None
-    lead_m, lead_c = terms(b)[-1]
-    rest, quotient = a, ZERO
-    for _ in range(16):
-        if not terms(rest):
-            return quotient
-        m, c = terms(rest)[-1]
-        left = list(m)
-        for g in lead_m:
-            if g not in left:
-                return None
-            left.remove(g)
-        if c % lead_c:
-            return None
-        q = _poly({tuple(left): c // lead_c})
-        quotient, rest = add(quotient, q), sub(rest, mul(q, b))
-    return None
-
-
-def _bounded(g: Expr) -> bool:
-    return g.op in ("index", "mod")
-
-
-def _at_least_zero(g: Expr) -> bool:
-    return g.op in ("index", "size", "mod") or (g.op == "floordiv" and nonneg(g.args[0]))
-
-
-def _upper(g: Expr) -> Expr:
-    return sub(g.args[1], ONE)
-
-
-def nonneg(p: Expr, upper: bool = True) -> bool:
-    """Prove ``p >= 0``; False means not proved.  ``upper`` allows the fact that an index is below its size."""
-    for _ in range(8):
-        acc: list[Expr] = []
-        again = False
-        for m, c in terms(p):
-            if not all(_at_least_zero(g) for g in m):
-                return False
-            bounded = [g for g in m if _bounded(g)]
-            if c > 0 and any(g.op != "size" for g in m):
-                continue
-            if c < 0 and any(g.op != "size" for g in m):
-                if not bounded or not upper:
-                    return False
-                g = bounded[0]
-                rest = list(m)
-                rest.remove(g)
-                acc.append(mul(_poly({tuple(rest): c}), _upper(g)))
-                again = True
-            else:
-                acc.append(_poly({m: c}))
-        p = add(*acc) if acc else ZERO
-        if not again:
-            break
-    return all(c >= 0 for _, c in terms(_shifted(p)))
-
-
-def _shifted(p: Expr) -> Expr:
-    """Replace each size s by s' + 1, so that coefficients >= 0 mean value >= 0."""
-    out = ZERO
-    for m, c in terms(p):
-        t = integer(c)
-        for g in m:
-            t = mul(t, add(generator(g), ONE) if g.op == "size" else generator(g))
-        out = add(out, t)
-    return out
-
-
-def _split(p: Expr, m: Expr) -> tuple[Expr, Expr]:
-    """Write ``p = m * quotient + rest``, dividing every part of ``p`` that ``m`` divides exactly."""
-    groups: dict[Mono, dict[Mono, int]] = {}
-    for mono, c in terms(p):
-        var = tuple(g for g in mono if g.op != "size")
-        groups.setdefault(var, {})[tuple(g for g in mono if g.op == "size")] = c
-    quotient, rest = ZERO, ZERO
-    for var, coefs in groups.items():
-        part, v = _poly(coefs), _poly({var: 1})
-        q = exact_div(part, m)
-        if q is not None:
-            quotient = add(quotient, mul(q, v))
-            continue
-        n = as_int(m)
-        if n is not None and not any(k for k in coefs):
-            whole, left = divmod(coefs[()], n)
-            if not var:
-                quotient, part = add(quotient, integer(whole)), integer(left)
-        rest = add(rest, mul(part, v))
-    return quotient, rest
-
-
-def floordiv(p: Expr, m: Expr) -> Expr:
-    """Return ``p // m`` for a positive ``m``, simplified by exact division and by the ranges of indices."""
-    quotient, rest = _split(p, m)
-    if not terms(rest) or (nonneg(rest) and nonneg(sub(sub(m, ONE), rest))):
-        return quotient
-    return add(quotient, generator(Expr("floordiv", rest, m)))
-
-
-def mod(p: Expr, m: Expr) -> Expr:
-    """Return ``p % m`` for a positive ``m``; see ``floordiv``."""
-    _, rest = _split(p, m)
-    if not terms(rest) or (nonneg(rest) and nonneg(sub(sub(m, ONE), rest))):
-        return rest
-    return generator(Expr("mod", rest, m))
-
+from attnc.polynomial import (
+    FALSE,
+    ONE,
+    TRUE,
+    ZERO,
+    add,
+    as_int,
+    as_number,
+    exact_div,
+    floordiv,
+    from_terms,
+    generator,
+    index,
+    integer,
+    is_int,
+    mod,
+    mul,
+    neg,
+    nonneg,
+    only_generator,
+    only_index,
+    product,
+    real,
+    size,
+    sub,
+    terms,
+)
+from attnc.terms import Expr, indices, loads, show, walk
+
+__all__ = [
+    "FALSE",
+    "ONE",
+    "TRUE",
+    "ZERO",
+    "Expr",
+    "add",
+    "and_",
+    "as_int",
+    "as_number",
+    "call",
+    "eq0",
+    "exact_div",
+    "floordiv",
+    "from_terms",
+    "generator",
+    "index",
+    "indices",
+    "integer",
+    "is_bool",
+    "is_int",
+    "le0",
+    "load",
+    "loads",
+    "mod",
+    "mul",
+    "neg",
+    "nonneg",
+    "not_",
+    "only_generator",
+    "only_index",
+    "or_",
+    "pinned",
+    "product",
+    "real",
+    "show",
+    "size",
+    "sub",
+    "substitute",
+    "terms",
+    "walk",
+    "where",
+]
 
 # ---------------------------------------------------------------- comparisons and logic
 
@@ -327,7 +97,7 @@ def le0(p: Expr) -> Expr:
         return FALSE
     g = math.gcd(*(c for m, c in terms(p) if m))
     if g > 1:
-        p = _poly({m: (c // g if m else -((-c) // g)) for m, c in terms(p)})
+        p = from_terms({m: (c // g if m else -((-c) // g)) for m, c in terms(p)})
     return Expr("le0", p)
 
 
@@ -383,11 +153,16 @@ def or_(*cs: Expr) -> Expr:
 
 def is_bool(e: Expr) -> bool:
     """Say whether ``e`` is a predicate (a load is one when it reads a bool tensor)."""
-    return e.op in ("true", "false", "le0", "eq0", "not", "and", "or") or (e.op == "load" and e.args[2] == "bool")
+    return e.op in ("true", "false", "le0", "eq0", "not", "and", "or") or (
+        e.op == "load" and e.args[2] == "bool"
+    )
 
 
 def load(name: str, at: tuple[Expr, ...], kind: str) -> Expr:
-    """Return the element of tensor ``name`` at index ``at``; kind is bool, int or float.  An int load is a polynomial."""
+    """Return the element of tensor ``name`` at index ``at``; kind is bool, int or float.
+
+    An int load is a polynomial.
+    """
     e = Expr("load", name, at, kind)
     return generator(e) if kind == "int" else e
 
@@ -400,6 +175,10 @@ def where(c: Expr, a: Expr, b: Expr) -> Expr:
         return b
     if is_bool(a) and is_bool(b):
         return or_(and_(c, a), and_(not_(c), b))
+    if is_int(a) and _vanishes(a, c):
+        a = ZERO
+    if is_int(b) and _vanishes(b, not_(c)):
+        b = ZERO
     pins = pinned(c)
     if pins:
         narrowed = substitute(a, pins)
@@ -409,6 +188,11 @@ def where(c: Expr, a: Expr, b: Expr) -> Expr:
     if is_int(a) and is_int(b):
         return generator(Expr("where", c, a, b))
     return Expr("where", c, a, b)
+
+
+def _vanishes(p: Expr, c: Expr) -> bool:
+    """Say whether ``c`` is the predicate that ``p`` is zero."""
+    return c.op == "eq0" and c.args[0] in (p, neg(p))
 
 
 def pinned(c: Expr) -> dict[Expr, Expr]:
@@ -477,65 +261,10 @@ def _generator(g: Expr, by: dict[Expr, Expr], go: Any) -> Expr:
         return mod(go(g.args[0]), g.args[1])
     if g.op == "where":
         return where(*(go(a) for a in g.args))
-    out = go(g)
-    return out if out.op == "poly" else generator(out)  # type: ignore[no-any-return]
+    out: Expr = go(g)
+    return out if out.op == "poly" else generator(out)
 
 
 def call(fn: str, *args: Any) -> Expr:
     """Return an uninterpreted elementwise function of terms and plain values."""
     return Expr("call", fn, args)
-
-
-def walk(e: Any, seen: set[str] | None = None) -> Iterator[Expr]:
-    """Visit every distinct sub-expression once, generators and index tuples included."""
-    seen = set() if seen is None else seen
-    if isinstance(e, tuple):
-        for x in e:
-            yield from walk(x, seen)
-    elif isinstance(e, Expr) and e.key not in seen:
-        seen.add(e.key)
-        yield e
-        yield from walk(e.args if e.op != "index" else (), seen)
-
-
-def indices(e: Expr) -> tuple[Expr, ...]:
-    """Return the index generators that ``e`` depends on, in order of their keys."""
-    return tuple(sorted((x for x in walk(e) if x.op == "index"), key=lambda g: g.key))
-
-
-def loads(e: Expr) -> tuple[Expr, ...]:
-    """Return the loads inside ``e``."""
-    return tuple(x for x in walk(e) if x.op == "load")
-
-
-# ---------------------------------------------------------------- text
-
-
-def show(e: Any) -> str:
-    """Return a readable text; index variables and sizes by name."""
-    if not isinstance(e, Expr):
-        return str(e)
-    a = e.args
-    if e.op == "poly":
-        parts = []
-        for m, c in a[0]:
-            body = "*".join(show(g) for g in m)
-            parts.append(f"{c}" if not m else body if c == 1 else f"-{body}" if c == -1 else f"{c}*{body}")
-        return (" + ".join(reversed(parts)) or "0").replace("+ -", "- ")
-    if e.op in ("index", "size", "opaque", "const"):
-        return str(a[0])
-    if e.op in ("true", "false"):
-        return e.op
-    if e.op in ("le0", "eq0"):
-        return f"{show(a[0])} {'<=' if e.op == 'le0' else '=='} 0"
-    if e.op in ("and", "or"):
-        return "(" + (" & " if e.op == "and" else " | ").join(show(x) for x in a[0]) + ")"
-    if e.op == "not":
-        return f"~({show(a[0])})"
-    if e.op == "load":
-        return f"{a[0]}[{', '.join(show(x) for x in a[1])}]"
-    if e.op == "call":
-        return f"{a[0]}({', '.join(show(x) for x in a[1])})"
-    if e.op in ("floordiv", "mod"):
-        return f"({show(a[0])}) {'//' if e.op == 'floordiv' else '%'} ({show(a[1])})"
-    return f"{e.op}({', '.join(show(x) for x in a)})"

@@ -1,8 +1,9 @@
-"""The nouns of the compiler: what an attention site computes, where it was found, why one was left, how it will run.
+"""The nouns of the compiler: what a site computes, where it was found or why not, how it will run.
 
-An ``AttentionSpec`` describes attention over the user's graph; it is not a second graph.  It runs: ``spec(q, k, v, captured)`` is the
-oracle of every backend.  Its text (``str(spec)``) parses back through ``attnc.printer.parse``.  All tensors a spec names
-are in canonical layout: q ``[B, H, Sq, Dqk]``, k ``[B, Hkv, Sk, Dqk]``, v ``[B, Hkv, Sk, Dv]``, scores ``[B, H, Sq, Sk]``.
+An ``AttentionSpec`` describes attention over the user's graph; it is not a second graph. It runs: ``spec(q,
+k, v, captured)`` is the oracle of every backend. Its text (``str(spec)``) parses back through
+``attnc.printer.parse``. All tensors a spec names are in canonical layout: q ``[B, H, Sq, Dqk]``, k ``[B, Hkv,
+Sk, Dqk]``, v ``[B, Hkv, Sk, Dv]``, scores ``[B, H, Sq, Sk]``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from attnc.masks import Full, Grid, Mask
+from attnc.masks import FULL, Full, Grid, Mask
 
 Dim = int | str
 """A size: a number, or the name of a symbolic size such as ``s77``."""
@@ -22,9 +23,12 @@ Dim = int | str
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """A tensor that a spec reads.  ``axes`` names its axes in canonical order, ``shape`` has one size per axis.
+    """A tensor that a spec reads.
 
-    q is ``bhqd``, k ``bhkd``, v ``bhke``; a validity row is ``bk``; biases and dense masks are ``bhqk``; sinks are ``h``.
+    ``axes`` names its axes in canonical order, ``shape`` has one size per axis.
+
+    q is ``bhqd``, k ``bhkd``, v ``bhke``; a validity row is ``bk``; biases and dense masks are ``bhqk``;
+    sinks are ``h``.
     """
 
     name: str
@@ -33,7 +37,8 @@ class Operand:
     dtype: torch.dtype
 
     def __str__(self) -> str:
-        return f"{self.name}={self.axes}[{','.join(map(str, self.shape))}]:{str(self.dtype).removeprefix('torch.')}"
+        dims, dtype = ",".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")
+        return f"{self.name}={self.axes}[{dims}]:{dtype}"
 
 
 class ScoreMod(Protocol):
@@ -92,7 +97,10 @@ class Softcap:
 
 @dataclass(frozen=True, slots=True)
 class Bias:
-    """Add ``sign`` times a captured tensor that broadcasts to ``[B, H, Sq, Sk]`` (an additive mask nobody could lift is one)."""
+    """Add ``sign`` times a captured tensor that broadcasts to ``[B, H, Sq, Sk]``.
+
+    An additive mask that has no closed form is one.
+    """
 
     operand: str
     sign: Literal[1, -1] = 1
@@ -112,7 +120,10 @@ class Bias:
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """Multiply by a captured tensor that broadcasts to ``[B, H, Sq, Sk]``: a learned temperature, per head or per query."""
+    """Multiply by a captured tensor that broadcasts to ``[B, H, Sq, Sk]``.
+
+    A learned temperature, per head or per query, is one.
+    """
 
     operand: str
 
@@ -135,7 +146,9 @@ EmptyRow = Literal["nan", "uniform", "zero"]
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """What stands at hidden positions: ``value`` (-inf or a large negative score), added to the score or put in its place.
+    """What stands at hidden positions: ``value``, added to the score or put in its place.
+
+    The value is -inf or a large negative score.
 
     It decides what a query that sees no key gets: NaN for -inf, a spread over all keys for finite values.
     """
@@ -148,7 +161,9 @@ class Fill:
         value = max(self.value, torch.finfo(scores.dtype).min) if math.isfinite(self.value) else self.value
         if self.how == "replace":
             return scores.masked_fill(~keep, value)
-        return scores + torch.zeros((), dtype=scores.dtype, device=scores.device).expand_as(keep).masked_fill(~keep, value)
+        return scores + torch.zeros((), dtype=scores.dtype, device=scores.device).expand_as(keep).masked_fill(
+            ~keep, value
+        )
 
     def __str__(self) -> str:
         return f"fill({self.how},{self.value!r})"
@@ -159,8 +174,8 @@ class Softmax:
     """Normalize over the keys, ``exp(s) / (sum exp(s) + exp(sink))``.
 
     ``sink`` names a captured tensor ``[H]`` of logits that enter the denominator only, or is a number (0.0 is
-    softmax-plus-one), or None.  ``upcast`` says that the model computes scores-to-weights in fp32 whatever its dtype.  ``safe``
-    gives rows that see no key zeros in place of NaN.
+    softmax-plus-one), or None. ``upcast`` says that the model computes scores-to-weights in fp32 whatever its
+    dtype. ``safe`` gives rows that see no key zeros in place of NaN.
     """
 
     sink: str | float | None = None
@@ -172,8 +187,13 @@ class Softmax:
         """The sink tensor, if it is one."""
         return (self.sink,) if isinstance(self.sink, str) else ()
 
-    def apply(self, scores: torch.Tensor, captured: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the weights ``[B, H, Sq, Sk]`` and the log-sum-exp of each row ``[B, H, Sq]``, in the scores' dtype."""
+    def apply(
+        self, scores: torch.Tensor, captured: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weights ``[B, H, Sq, Sk]`` and each row's log-sum-exp ``[B, H, Sq]``.
+
+        Both are in the scores' dtype.
+        """
         lse = torch.logsumexp(scores, -1)
         if self.sink is not None:
             if isinstance(self.sink, str):
@@ -183,10 +203,16 @@ class Softmax:
             lse = torch.logaddexp(lse, sink.expand_as(lse))
             return torch.exp(scores - lse[..., None]), lse
         weights = torch.softmax(scores, -1)
-        return (weights.nan_to_num(0.0) if self.safe else weights), lse
+        if self.safe:
+            weights = weights.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
+        return weights, lse
 
     def __str__(self) -> str:
-        sink = () if self.sink is None else (f"sink={self.sink!r}" if isinstance(self.sink, float) else f"sink={self.sink}",)
+        sink = (
+            ()
+            if self.sink is None
+            else (f"sink={self.sink!r}" if isinstance(self.sink, float) else f"sink={self.sink}",)
+        )
         words = (*sink, *(("upcast",) if self.upcast else ()), *(("safe",) if self.safe else ()))
         return f"softmax({','.join(words)})" if words else "softmax"
 
@@ -196,10 +222,10 @@ Normalizer = Softmax
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """WHAT is computed.  Says nothing about how it was spelled or how it will run.
+    """WHAT is computed. Says nothing about how it was spelled or how it will run.
 
-    ``group_size`` is the number of query heads per key/value head.  ``captured`` lists the run-time tensors that scores,
-    mask and normalizer read, in the order in which a call passes them.
+    ``group_size`` is the number of query heads per key/value head. ``captured`` lists the run-time tensors
+    that scores, mask and normalizer read, in the order in which a call passes them.
     """
 
     q: Operand
@@ -207,7 +233,7 @@ class AttentionSpec:
     v: Operand
     group_size: int
     scores: tuple[Step, ...] = ()
-    mask: Mask = Full()
+    mask: Mask = FULL
     fill: Fill = Fill()
     norm: Normalizer = Softmax()
     captured: tuple[Operand, ...] = ()
@@ -215,7 +241,7 @@ class AttentionSpec:
 
     @property
     def scale(self) -> float:
-        """The product of all scale steps if they are the only steps before others, else that of the leading ones."""
+        """The product of the scale steps that come before any other step."""
         out = 1.0
         for step in self.scores:
             if not isinstance(step, Scale):
@@ -231,9 +257,12 @@ class AttentionSpec:
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captured: tuple[torch.Tensor, ...] = ()
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the spec: q ``[B, H, Sq, Dqk]``, k ``[B, Hkv, Sk, Dqk]``, v ``[B, Hkv, Sk, Dv]``; all sizes may differ from the traced ones.
+        """Run the spec: q ``[B, H, Sq, Dqk]``, k ``[B, Hkv, Sk, Dqk]``, v ``[B, Hkv, Sk, Dv]``.
 
-        Returns the output ``[B, H, Sq, Dv]`` in q's dtype and the log-sum-exp ``[B, H, Sq]`` (natural log; fp32, or fp64 for fp64 inputs).
+        All sizes may differ from the traced ones.
+
+        Returns the output ``[B, H, Sq, Dv]`` in q's dtype and the log-sum-exp ``[B, H, Sq]`` (natural log;
+        fp32, or fp64 for fp64 inputs).
 
         Raises:
             ValueError: the number of captured tensors is not the spec's.
@@ -255,7 +284,14 @@ class AttentionSpec:
         return (weights @ v.to(work)).to(q.dtype), lse
 
     def __str__(self) -> str:
-        parts = ["attn", str(self.q), str(self.k), str(self.v), f"group={self.group_size}", *map(str, self.scores)]
+        parts = [
+            "attn",
+            str(self.q),
+            str(self.k),
+            str(self.v),
+            f"group={self.group_size}",
+            *map(str, self.scores),
+        ]
         parts.append(f"mask={self.mask}")
         if not isinstance(self.mask, Full):
             parts.append(str(self.fill))
@@ -267,7 +303,7 @@ class AttentionSpec:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where in the user's program: stable id, module path, class of that module, source line, names for reports."""
+    """Where in the user's program: a stable id, the module's path, its class and source line."""
 
     id: str
     module: str
@@ -276,7 +312,10 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """WHERE a spec was found.  ``region`` may be erased once ``output`` is replaced.  Nodes are named, in the working copy."""
+    """WHERE a spec was found. ``region`` may be erased once ``output`` is replaced.
+
+    Nodes are named, in the working copy.
+    """
 
     spec: AttentionSpec
     site: Site
@@ -289,7 +328,10 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class Miss:
-    """WHY a likely region was left alone.  ``code`` is stable and kebab-case, ``why`` a sentence a user can act on."""
+    """WHY a likely region was left alone.
+
+    ``code`` is stable and kebab-case, ``why`` a sentence a user can act on.
+    """
 
     code: str
     node: str
@@ -313,7 +355,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """An emitted artefact.  ``source`` is complete and runs on its own; ``key`` digests spec, form, parameters, versions."""
+    """An emitted artefact.
+
+    ``source`` is complete and runs on its own; ``key`` digests spec, form, parameters, versions.
+    """
 
     name: str
     source: str

@@ -1,7 +1,7 @@
 """Loggers and artifacts, switched by ``ATTNC_LOGS`` as ``TORCH_LOGS`` switches torch's.
 
-``ATTNC_LOGS=detect,+rewrite,-verify,spec`` shows detect at info, rewrite at debug, verify at error level, and prints
-every spec.  ``ATTNC_LOGS=help`` lists the names.
+``ATTNC_LOGS=detect,+rewrite,-verify,spec`` shows detect at info, rewrite at debug, verify at error level, and
+prints every spec.  ``ATTNC_LOGS=help`` lists the names.
 """
 
 from __future__ import annotations

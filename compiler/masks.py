@@ -1,10 +1,12 @@
 """Masks as predicates: which keys a query may see, as a small algebra over positions.
 
-A mask is a tree of frozen atoms.  Every atom can be evaluated to a boolean tensor, can class a tile of the score matrix
-as ``skip``, ``full`` or ``mixed`` by interval reasoning (never building the ``Sq x Sk`` tensor), and prints a text that
-``attnc.printer`` parses back.  Positions are token indices: query ``q`` in ``[0, Sq)``, key ``k`` in ``[0, Sk)``.
+A mask is a tree of frozen atoms. Every atom can be evaluated to a boolean tensor, can class a tile of the
+score matrix as ``skip``, ``full`` or ``mixed`` by interval reasoning (never building the ``Sq x Sk`` tensor),
+and prints a text that ``attnc.printer`` parses back. Positions are token indices: query ``q`` in ``[0, Sq)``,
+key ``k`` in ``[0, Sk)``.
 
-Source: forms/static_sparse, sections 0 and 22 of the project's design notes (predicates Band and Range; Padding and Dense are run-time data).
+Source: forms/static_sparse, sections 0 and 22 of the project's design notes (predicates Band and Range;
+Padding and Dense are run-time data).
 """
 
 from __future__ import annotations
@@ -75,9 +77,9 @@ class Full(Mask):
 class Band(Mask):
     """Keep pairs with ``-right <= p - k <= left``, where ``p`` is the query's position; None is unbounded.
 
-    ``left`` counts keys before the query (so a causal window of W keys, itself included, is ``left=W-1, right=0``), in
-    tokens; causal is ``Band(None, 0)``.  ``align="start"`` puts query 0 at key 0 (``p = q``); ``align="end"`` puts the last query at the
-    last key (``p = q + Sk - Sq``), as decoding with a cache does.
+    ``left`` counts keys before the query (so a causal window of W keys, itself included, is ``left=W-1,
+    right=0``), in tokens; causal is ``Band(None, 0)``. ``align="start"`` puts query 0 at key 0 (``p = q``);
+    ``align="end"`` puts the last query at the last key (``p = q + Sk - Sq``), as decoding with a cache does.
     """
 
     left: int | None
@@ -119,7 +121,10 @@ class Band(Mask):
 
 @dataclass(frozen=True, slots=True)
 class Range(Mask):
-    """Keep keys with ``lo <= k < hi`` (``axis="k"``), or queries (``axis="q"``); sinks are ``Range("k", 0, S)``."""
+    """Keep keys with ``lo <= k < hi`` (``axis="k"``), or queries (``axis="q"``).
+
+    Attention sinks are ``Range("k", 0, S)``.
+    """
 
     axis: Literal["q", "k"]
     lo: int
@@ -144,7 +149,10 @@ class Range(Mask):
 
 @dataclass(frozen=True, slots=True)
 class Padding(Mask):
-    """Keep what a run-time validity row keeps: ``operand`` is bool ``[B, Sk]`` (``axis="k"``) or ``[B, Sq]`` (``"q"``)."""
+    """Keep what a run-time validity row keeps.
+
+    ``operand`` is bool ``[B, Sk]`` (``axis="k"``) or ``[B, Sq]`` (``"q"``).
+    """
 
     operand: str
     axis: Literal["q", "k"] = "k"
@@ -173,7 +181,10 @@ class Padding(Mask):
 
 @dataclass(frozen=True, slots=True)
 class Dense(Mask):
-    """Keep what a bool tensor keeps: ``operand`` broadcasts to ``[B, H, Sq, Sk]``.  Nothing was proved about it."""
+    """Keep what a bool tensor keeps: ``operand`` broadcasts to ``[B, H, Sq, Sk]``.
+
+    Nothing was proved about it.
+    """
 
     operand: str
 
@@ -293,38 +304,68 @@ class Not(Mask):
 
 
 CAUSAL = Band(None, 0)
+FULL = Full()
 
 
 def both(*parts: Mask) -> Mask:
-    """Return the conjunction of ``parts``, flattened, without repeats and without ``Full``; start-aligned bands meet."""
+    """Return the conjunction of ``parts``, flattened, without repeats and ``Full``.
+
+    Bands of one alignment meet in one.
+    """
     flat: list[Mask] = []
     for p in parts:
         flat += p.parts if isinstance(p, And) else [] if isinstance(p, Full) else [p]
-    for align in ("start", "end"):
+    aligns: tuple[Align, Align] = ("start", "end")
+    for align in aligns:
         bands = [p for p in flat if isinstance(p, Band) and p.align == align]
         if len(bands) > 1:
             left = min((b.left for b in bands if b.left is not None), default=None)
             right = min((b.right for b in bands if b.right is not None), default=None)
             at = flat.index(bands[0])
             flat = [p for p in flat if p not in bands]
-            flat.insert(at, Band(left, right, align))  # type: ignore[arg-type]
+            flat.insert(at, Band(left, right, align))
     flat = list(dict.fromkeys(flat))
     return Full() if not flat else flat[0] if len(flat) == 1 else And(tuple(flat))
 
 
 def either(*parts: Mask) -> Mask:
-    """Return the disjunction of ``parts``, flattened and without repeats; ``Full`` absorbs."""
+    """Return the disjunction of ``parts``, flattened and without repeats; ``Full`` absorbs.
+
+    Bands of one alignment that overlap or touch become one.
+    """
     flat: list[Mask] = []
     for p in parts:
         flat += p.parts if isinstance(p, Or) else [p]
-    flat = list(dict.fromkeys(flat))
+    flat = _joined(list(dict.fromkeys(flat)))
     if any(isinstance(p, Full) for p in flat):
         return Full()
     return flat[0] if len(flat) == 1 else Or(tuple(flat))
 
 
+def _joined(parts: list[Mask]) -> list[Mask]:
+    """Join pairs of bands whose union is a band."""
+    for i, a in enumerate(parts):
+        for j, b in enumerate(parts[:i]):
+            if isinstance(a, Band) and isinstance(b, Band) and a.align == b.align and _touch(a, b):
+                left = None if a.left is None or b.left is None else max(a.left, b.left)
+                right = None if a.right is None or b.right is None else max(a.right, b.right)
+                whole: Mask = FULL if left is None and right is None else Band(left, right, a.align)
+                return _joined([whole if k == j else p for k, p in enumerate(parts) if k != i])
+    return parts
+
+
+def _touch(a: Band, b: Band) -> bool:
+    """Say whether the distances that two bands keep make one interval; empty bands have none."""
+    inf = float("inf")
+    spans = [(-inf if x.right is None else -x.right, inf if x.left is None else x.left) for x in (a, b)]
+    (low, high), (low2, high2) = sorted(spans)
+    return low <= high and low2 <= high2 and low2 <= high + 1
+
+
 def may_hide_a_whole_row(mask: Mask, sq: int | None = None, sk: int | None = None) -> bool:
-    """Say whether some query may see no key at all, for any values of run-time operands; unknown counts as yes.
+    """Say whether some query may see no key at all.
+
+    Run-time operands may have any values, and unknown counts as yes.
 
     ``sq`` and ``sk`` are the lengths in tokens, None when symbolic.
     """
@@ -336,7 +377,9 @@ def may_hide_a_whole_row(mask: Mask, sq: int | None = None, sk: int | None = Non
         sees_itself = (mask.left is None or mask.left >= 0) and (mask.right is None or mask.right >= 0)
         if mask.align == "end" or mask.left is None:
             # causal from the start always sees key 0; an end-aligned band needs Sk >= Sq
-            return not sees_itself or (mask.align == "end" and not (sq is not None and sk is not None and sk >= sq))
+            return not sees_itself or (
+                mask.align == "end" and not (sq is not None and sk is not None and sk >= sq)
+            )
         return not (sees_itself and sq is not None and sk is not None and sq <= sk + mask.left)
     if isinstance(mask, Or):
         return all(may_hide_a_whole_row(p, sq, sk) for p in mask.parts)

@@ -1,11 +1,15 @@
-"""The compiler in one function: capture -> detect -> plan -> rewrite -> lower -> verify, and put back what fails.
+"""The compiler in one function.
 
-``run`` takes a captured graph and returns the program that runs, the same program at the ``attend`` level (one node per site, from which ONNX
-and portable artefacts are lowered), and a record for every site.  The captured graph itself is never edited at the export door.
+Capture -> detect -> plan -> rewrite -> lower -> verify, and put back what fails.
+
+``run`` takes a captured graph and returns the program that runs, the same program at the ``attend`` level
+(one node per site, from which ONNX and portable artefacts are lowered), and a record for every site.  The
+captured graph itself is never edited at the export door.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -53,7 +57,10 @@ class Options:
 
 @dataclass
 class Outcome:
-    """What came of one graph.  ``runtime`` and ``attend`` are None at the dynamo door, where the graph is edited in place."""
+    """What came of one graph.  ``runtime`` and ``attend`` are None at the dynamo door.
+
+    Where the graph is edited in place.
+    """
 
     records: list[SiteRecord]
     stages: list[Stage]
@@ -64,7 +71,10 @@ class Outcome:
 
     @cached_property
     def attend(self) -> ExportedProgram | None:
-        """The program with one ``attend`` node per rewritten site, from which artefacts are lowered; made when asked for."""
+        """The program with one ``attend`` node per rewritten site, from which artefacts are lowered.
+
+        Made when asked for.
+        """
         return None if self.make_attend is None else self.make_attend()
 
 
@@ -83,18 +93,20 @@ class _Job:
 
 
 def run(captured: Captured, options: Options, placeholders: Mapping[str, Any] | None = None) -> Outcome:
-    """Run every stage after capture.  ``placeholders`` are example values of the graph's inputs by name, None if unknown.
+    """Run every stage after capture.
+
+    ``placeholders`` are example values of the graph's inputs by name, None if unknown.
 
     Raises:
         RewriteError: a pattern of ``options.forms`` names no site, or an old site could not be removed.
     """
     stages: list[Stage] = [Stage(n, s) for n, s in captured.seconds.items()]
     with _timed(stages, "detect", options) as note:
-        found, missed = detect(captured.work, captured.tensors)
+        found, missed = detect(captured.work, captured.tensors, captured.links)
         note.update(nodes=len(captured.work.nodes), sites=len(found), misses=len(missed))
     known = hints(captured.work)
     options.forms.check([f.match.site.id for f in found] + [name for _, name in missed])
-    original = captured.exported.graph if captured.exported is not None else _copy_graph(captured.graph)
+    original = captured.exported.graph if captured.exported is not None else copy.deepcopy(captured.graph)
     with _timed(stages, "plan", options):
         gate = Rewriter(original, captured.work, captured.links)
         jobs = [_plan(f, gate, options, known) for f in found]
@@ -105,7 +117,12 @@ def run(captured: Captured, options: Options, placeholders: Mapping[str, Any] | 
 
 
 def _rewrite_and_check(
-    captured: Captured, original: fx.Graph, jobs: list[_Job], options: Options, placeholders: Mapping[str, Any] | None, stages: list[Stage]
+    captured: Captured,
+    original: fx.Graph,
+    jobs: list[_Job],
+    options: Options,
+    placeholders: Mapping[str, Any] | None,
+    stages: list[Stage],
 ) -> Outcome:
     """Rewrite the planned sites, lower, verify; put back the sites that fail and do it again without them."""
     while True:
@@ -122,7 +139,9 @@ def _rewrite_and_check(
             note.update(counts)
         for j in live:
             j.new_output = renamed.get(j.new_output, j.new_output)
-        failed = _verify(original, graph, captured, live, options, placeholders, stages) if options.verify else []
+        failed = (
+            _verify(original, graph, captured, live, options, placeholders, stages) if options.verify else []
+        )
         if not failed:
             if outcome.runtime is None and live:
                 captured.owner.graph = graph
@@ -134,13 +153,21 @@ def _rewrite_and_check(
 
 
 def _rewritten(captured: Captured, live: list[_Job]) -> tuple[ExportedProgram | None, fx.Graph]:
-    """Return a copy of the captured graph (and its program) in which each planned site is one ``attend`` node."""
+    """Return a copy of the captured graph.
+
+    (and its program) in which each planned site is one ``attend`` node.
+    """
     program = None if captured.exported is None else copy_program(captured.exported)
-    graph = _copy_graph(captured.graph) if program is None else program.graph
+    graph = copy.deepcopy(captured.graph) if program is None else program.graph
     editor = Rewriter(graph, captured.work if program is not None else graph, captured.links)
     for j in live:
         assert j.plan is not None
-        stamp = {"match": j.found.match.site.id, "trail": j.found.match.trail, "backend": j.plan.backend, "form": j.plan.form}
+        stamp = {
+            "match": j.found.match.site.id,
+            "trail": j.found.match.trail,
+            "backend": j.plan.backend,
+            "form": j.plan.form,
+        }
         j.new_output = editor.apply(j.found, j.plan.spec, stamp)
     return program, graph
 
@@ -164,13 +191,25 @@ def _plan(found: Found, gate: Rewriter, options: Options, known: Mapping[str, in
     """Choose form and backend for one site, or say why it stays."""
     spec, site = found.match.spec, found.match.site
     cost = price(spec, known, found.fused)
-    forms = [f for f in options.forms.at(site.id) if not isinstance(f, W8A8)] or ([Fused()] if options.forms.at(site.id) else [])
+    forms = [f for f in options.forms.at(site.id) if not isinstance(f, W8A8)] or (
+        [Fused()] if options.forms.at(site.id) else []
+    )
     if not forms:
         return _Job(found, None, "kept", "no form is allowed here", None, cost)
     if found.match.escapes:
-        return _Job(found, None, "kept", f"weights-in-use: {', '.join(found.match.escapes)} of the site is read outside it", None, cost)
+        return _Job(
+            found,
+            None,
+            "kept",
+            f"weights-in-use: {', '.join(found.match.escapes)} of the site is read outside it",
+            None,
+            cost,
+        )
     if spec.dropout:
-        why = f"dropout-active: a fused kernel would draw other random numbers (p={spec.dropout:g}); call .eval() or set dropout to 0"
+        why = (
+            f"dropout-active: a fused kernel would draw other random numbers (p={spec.dropout:g}); "
+            "call .eval() or set dropout to 0"
+        )
         return _Job(found, None, "kept", why, None, cost)
     blocked = gate.blocked(found)
     if blocked is not None:
@@ -189,14 +228,35 @@ def _plan(found: Found, gate: Rewriter, options: Options, known: Mapping[str, in
     predicted = gain(spec, new, known, options.target) if options.cost_model else None
     same = form.contract == "SAME"
     if same and found.fused and not found.improves:
-        return _Job(found, None, "kept", "already-fused: the model calls one fused kernel here, and its mask has no better form", predicted, cost)
+        return _Job(
+            found,
+            None,
+            "kept",
+            "already-fused: the model calls one fused kernel here, and its mask has no better form",
+            predicted,
+            cost,
+        )
     if same and options.cost_model and backend == "reference":
         why = "; ".join(m.why for m in passed)
         return _Job(found, None, "kept", f"no-faster-kernel: {why}", predicted, cost)
     if same and predicted is not None and predicted < 1.0:
-        return _Job(found, None, "kept", f"slower: predicted {predicted:.2f}x the model's own speed at these sizes", predicted, cost)
+        return _Job(
+            found,
+            None,
+            "kept",
+            f"slower: predicted {predicted:.2f}x the model's own speed at these sizes",
+            predicted,
+            cost,
+        )
     plan = Plan(found.match, form.name, backend, form.contract, new)
-    return _Job(found, plan, "rewritten", "; ".join(m.why for m in passed), predicted, price(new, known, backend != "reference"))
+    return _Job(
+        found,
+        plan,
+        "rewritten",
+        "; ".join(m.why for m in passed),
+        predicted,
+        price(new, known, backend != "reference"),
+    )
 
 
 def _linears(captured: Captured, found: list[Found], options: Options) -> list[str]:
@@ -223,7 +283,14 @@ def _verify(
     """Check each rewritten site against the original region; return those of contract SAME that fail."""
     with _timed(stages, "verify", options) as note:
         sites = [_site_to_check(j, captured) for j in live]
-        results = checks.check_sites(original, target, sites, placeholders, gradients=options.gradients)
+        results = checks.check_sites(
+            original,
+            target,
+            sites,
+            placeholders,
+            gradients=options.gradients,
+            constants=[captured.links.get(n, n) for n in captured.tensors],
+        )
         failed = []
         for j, check in zip(live, results, strict=True):
             j.check = check
@@ -241,7 +308,13 @@ def _site_to_check(job: _Job, captured: Captured) -> checks.SiteToCheck:
     boundary = tuple(dict.fromkeys((*sources.values(), *masks)))
     bounded = job.plan is not None and job.plan.contract == "BOUNDED"
     return checks.SiteToCheck(
-        job.found.match.site.id, links[found.match.output], job.new_output, boundary, masks, (sources["q"],), bounded
+        job.found.match.site.id,
+        links[found.match.output],
+        job.new_output,
+        boundary,
+        masks,
+        (sources["q"],),
+        bounded,
     )
 
 
@@ -251,7 +324,7 @@ def _site_to_check(job: _Job, captured: Captured) -> checks.SiteToCheck:
 def _record(j: _Job) -> SiteRecord:
     m = j.found.match
     spec: AttentionSpec = j.plan.spec if j.plan is not None else m.spec
-    details = {"trail": list(m.trail), "found": str(m.spec)}
+    details: dict[str, Any] = {"trail": list(m.trail), "found": str(m.spec)}
     if j.check is not None:
         details |= {"variant": j.check.variant, "gradients": j.check.gradients}
     return SiteRecord(
@@ -278,7 +351,19 @@ def _missed(miss: Miss, name: str, work: fx.Graph) -> SiteRecord:
     node = next((n for n in work.nodes if n.name == miss.node), None)
     path, kind = module_path(node) if node is not None else ("", "")
     source = f"{kind} {source_line(node) if node is not None else ''}".strip()
-    return SiteRecord(name, path, source, "", "", "", "", "SAME", "missed", f"{miss.code}: {miss.why}", details={"node": miss.node})
+    return SiteRecord(
+        name,
+        path,
+        source,
+        "",
+        "",
+        "",
+        "",
+        "SAME",
+        "missed",
+        f"{miss.code}: {miss.why}",
+        details={"node": miss.node},
+    )
 
 
 @contextmanager
@@ -289,17 +374,3 @@ def _timed(stages: list[Stage], name: str, options: Options) -> Iterator[dict[st
     start = time.perf_counter()
     yield details
     stages.append(Stage(name, time.perf_counter() - start, details))
-
-
-def _copy_graph(graph: fx.Graph) -> fx.Graph:
-    out = fx.Graph()
-    memo: dict[fx.Node, fx.Node] = {}
-    result = out.graph_copy(graph, memo, return_output_node=True)
-    if result is not None:
-        value, old = result  # type: ignore[misc]
-        node = out.output(value)
-        node.meta = dict(old.meta)
-    for old_node, new in memo.items():
-        assert old_node.name == new.name, f"copying renamed {old_node.name} to {new.name}"
-        new.meta = dict(old_node.meta)
-    return out

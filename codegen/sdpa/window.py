@@ -37,7 +37,7 @@ _OVERHEAD = 2**17  # pairs (times heads and batch) that take as long as making t
 
 @dataclass(frozen=True)
 class _Band:
-    """Which keys a query sees, in tokens; ``offset`` is added to a query's index to get its position among the keys."""
+    """Which keys a query sees, in tokens; ``q + offset`` is the query's position among the keys."""
 
     left: int
     right: int
@@ -71,7 +71,7 @@ class _Band:
 
 @dataclass(frozen=True)
 class _Call:
-    """What every masked call shares: the operands ``[B, H, Sq, D]`` and ``[B, Hk, Sk, D]``, and what they mean."""
+    """What every masked call shares: q ``[B, H, Sq, D]``, k and v ``[B, Hk, Sk, D]``, and their meaning."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -96,7 +96,7 @@ def window_attention(
     offset: int = 0,
     empty: Empty = "zero",
 ) -> torch.Tensor:
-    """Return softmax attention ``[B, H, Sq, Dv]`` where query ``q`` sees key ``k`` inside a window or among the sinks.
+    """Return softmax attention ``[B, H, Sq, Dv]`` to the keys inside a window and to the sinks.
 
     A pair is kept if ``-right <= p - k <= left`` or ``k < sinks``, with ``p = q + offset`` the query's
     position among the keys, and, if ``causal``, only where ``k <= p``.  A causal window of W keys, the
@@ -105,7 +105,7 @@ def window_attention(
 
     Args:
         q: queries ``[B, H, Sq, D]``.
-        k: keys ``[B, Hk, Sk, D]``; ``Hk`` divides ``H``, and query head ``h`` reads key head ``h // (H / Hk)``.
+        k: keys ``[B, Hk, Sk, D]``; ``Hk`` divides ``H``; query head ``h`` reads key head ``h // (H / Hk)``.
         v: values ``[B, Hk, Sk, Dv]``.
         left: visible keys before the query, in tokens.
         right: visible keys after the query, in tokens.
@@ -117,7 +117,8 @@ def window_attention(
         empty: what a query that sees no key gives: zeros, or NaN.
 
     Raises:
-        UnsupportedError: operands of another rank or with sizes that do not fit; a negative ``left``, ``right`` or ``sinks``.
+        UnsupportedError: operands of another rank, or whose sizes do not fit; a negative reach or number
+            of sinks.
     """
     _check(q, k, v, left, right, sinks, key_keep, empty)
     causal = causal or (right == 0 and sinks == 0)
@@ -155,11 +156,13 @@ def _check(
     fits = q.dim() == k.dim() == v.dim() == 4 and k.shape[:3] == v.shape[:3]
     if not (fits and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3] and q.shape[1] % k.shape[1] == 0):
         raise UnsupportedError(
-            f"window_attention: expected q [B, H, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv] with Hk dividing H, found {shapes}"
+            "window_attention: expected q [B, H, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv] "
+            f"with Hk dividing H, found {shapes}"
         )
     if min(left, right, sinks) < 0:
         raise UnsupportedError(
-            f"window_attention: expected left, right and sinks >= 0, found left={left}, right={right}, sinks={sinks}"
+            "window_attention: expected left, right and sinks >= 0, "
+            f"found left={left}, right={right}, sinks={sinks}"
         )
     if empty not in ("zero", "nan"):
         raise UnsupportedError(f"window_attention: expected empty='zero' or 'nan', found {empty!r}")
@@ -177,7 +180,7 @@ def _block_size(band: _Band) -> int:
 
 
 def _interior_blocks(band: _Band, sq: int, sk: int, size: int) -> tuple[int, int]:
-    """Return the first query whose window starts after the sinks, and how many blocks from there end before the last key."""
+    """Return the first query whose window starts after the sinks, and how many blocks fit from there on."""
     start = max(0, band.sinks + band.left - band.offset)
     stop = min(sq, sk - band.right - band.offset)
     return start, max(0, stop - start) // size
@@ -197,7 +200,7 @@ def _pays(call: _Call, start: int, count: int, size: int) -> bool:
 
 
 def _dense(call: _Call, start: int, stop: int) -> torch.Tensor:
-    """Compute queries ``start..stop-1`` by one masked call over the keys that any of them may see: ``[B, H, stop-start, Dv]``."""
+    """Compute queries ``start..stop-1`` by one masked call over the keys that any of them may see."""
     band, sk, device = call.band, call.k.shape[2], call.q.device
     q = call.q[:, :, start:stop]
     if call.key_keep is None and start == 0 and band.is_plain_causal(stop):
@@ -238,7 +241,7 @@ def _grouped(q: torch.Tensor, k: torch.Tensor) -> bool:
 def _float_mask(
     keep: torch.Tensor, dtype: torch.dtype, may_be_empty: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the additive mask of ``keep`` ``[..., q, k]``, and which rows see nothing ``[..., q, 1]`` (None if none can).
+    """Return the additive mask of ``keep`` ``[..., q, k]``, and the rows that see nothing ``[..., q, 1]``.
 
     Such a row is given every key, so that no kernel meets a row of -inf; ``_fill`` then replaces its output,
     and with it its gradient.
@@ -254,16 +257,17 @@ def _fill(out: torch.Tensor, hidden: torch.Tensor | None, empty: Empty) -> torch
 
 
 def _blocks(x: torch.Tensor, first: int, count: int, size: int, reach: int, sinks: int) -> torch.Tensor:
-    """View ``x`` ``[B, Hk, Sk, D]`` as ``[B, Hk, count, L, D]``: rows ``first + i*size ..+ reach``, without a copy if there are no sinks.
+    """View ``x`` ``[B, Hk, Sk, D]`` as ``[B, Hk, count, L, D]``, block ``i`` from row ``first + i*size`` on.
 
-    With sinks, they stand before every ``size`` rows, and ``L = reach + sinks * ceil(reach / size)``.
+    Nothing is copied without sinks, and then ``L = reach``.  With sinks, they stand before every ``size``
+    rows, and ``L = reach + sinks * ceil(reach / size)``.
     """
     body = x[:, :, first : first + (count - 1) * size + reach]
     if sinks == 0:
         return body.unfold(2, reach, size).transpose(-1, -2)
     groups = count - 1 + -(-reach // size)
     body = F.pad(body, (0, 0, 0, groups * size - body.shape[2]))
-    body = body.unflatten(2, (groups, size))  # type: ignore[no-untyped-call]
+    body = torch.unflatten(body, 2, (groups, size))
     sink = x[:, :, None, :sinks].expand(-1, -1, groups, -1, -1)
     mixed = torch.cat([sink, body], 3).flatten(2, 3)
     return mixed.unfold(2, reach + sinks * -(-reach // size), size + sinks).transpose(-1, -2)
@@ -280,10 +284,10 @@ def _block_keep(band: _Band, size: int, reach: int, device: torch.device) -> tor
 
 
 def _interior(call: _Call, start: int, count: int, size: int) -> torch.Tensor:
-    """Compute ``count`` blocks of queries from ``start`` on, none of which meets an edge: ``[B, H, count*size, Dv]``."""
+    """Compute ``count`` blocks of queries from ``start`` on, none of which meets an edge."""
     band, reach = call.band, size + call.band.left + call.band.right
     first = start + band.offset - band.left
-    q = call.q[:, :, start : start + count * size].unflatten(2, (count, size))  # type: ignore[no-untyped-call]
+    q = torch.unflatten(call.q[:, :, start : start + count * size], 2, (count, size))
     k, v = (
         _blocks(t if t.stride(-1) == 1 else t.contiguous(), first, count, size, reach, band.sinks)
         for t in (call.k, call.v)
@@ -301,7 +305,7 @@ def _interior(call: _Call, start: int, count: int, size: int) -> torch.Tensor:
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Attend block by block: ``q`` ``[B, H, n, c, D]``, ``k`` and ``v`` ``[B, Hk, n, L, D]``, ``mask`` ``[c, L]`` or ``[B, n, c, L]``.
+    """Attend block by block: q ``[B, H, n, c, D]``, k and v ``[B, Hk, n, L, D]``, mask ``[(B, n,) c, L]``.
 
     The fused kernel takes two leading dimensions.  Blocks are one; batch and heads are the other where their
     strides allow a view, else there is a call for each batch element or each head, whichever are fewer.
@@ -309,7 +313,7 @@ def _attend(
     """
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
-        per_group = q.unflatten(1, (k.shape[1], groups)).unbind(2)  # type: ignore[no-untyped-call]
+        per_group = torch.unflatten(q, 1, (k.shape[1], groups)).unbind(2)
         return torch.stack([_attend(one, k, v, mask, scale) for one in per_group], 2).flatten(1, 2)
     batch, heads = k.shape[:2]
     fixed = isinstance(batch, int)
@@ -321,7 +325,6 @@ def _attend(
     masks = [mask] * q.shape[dim]
     if mask.dim() == 4 and dim == 0:
         masks = list(mask[:, None].unbind(0))
-    each = zip(
-        q.unbind(dim), k.unbind(dim), v.unbind(dim), masks, strict=True
-    )  # backward of unbind is one stack
+    # The backward of unbind is one stack; that of indexing would be a tensor of zeros for each piece
+    each = zip(q.unbind(dim), k.unbind(dim), v.unbind(dim), masks, strict=True)
     return torch.stack([F.scaled_dot_product_attention(*one, scale=scale) for one in each], dim)

@@ -1,1 +1,12 @@
-"""Emit readable Triton kernels from a spec."""
+"""Emit readable Triton kernels from a spec, and run them where there is a GPU.
+
+``can_run`` says why a spec has no kernel, ``emit`` writes one, ``emit_all`` those of a model.  ``run`` is the
+CUDA implementation of ``torch.ops.attnc.attend``.  ``aot.report_rows`` compiles a kernel without a GPU.
+"""
+
+from attnc.codegen.triton.emit import can_run, emit, emit_all
+from attnc.codegen.triton.launch import run
+
+NAME = "triton"
+
+__all__ = ["NAME", "can_run", "emit", "emit_all", "run"]

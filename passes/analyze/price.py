@@ -1,9 +1,12 @@
-"""What a site costs at the example's sizes: FLOPs, bytes, and the gain that the cost model predicts for a rewrite."""
+"""What a site costs at the example's sizes.
+
+FLOPs, bytes, and the gain that the cost model predicts for a rewrite.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 import sympy
@@ -46,8 +49,13 @@ class Sizes:
 
 
 def sizes(spec: AttentionSpec, known: Mapping[str, int]) -> Sizes:
-    """Return the sizes of ``spec`` with symbols replaced by the example's values (an unknown symbol counts as 1)."""
-    q, k, v = (tuple(_value(n, tuple(sorted(known.items()))) for n in o.shape) for o in (spec.q, spec.k, spec.v))
+    """Return the sizes of ``spec`` with symbols replaced by the example's values.
+
+    (an unknown symbol counts as 1).
+    """
+    q, k, v = (
+        tuple(_value(n, tuple(sorted(known.items()))) for n in o.shape) for o in (spec.q, spec.k, spec.v)
+    )
     return Sizes(q[0], q[1], k[1], q[2], k[2], q[3], v[3])
 
 
@@ -66,7 +74,11 @@ def live(mask: Mask, sq: int, sk: int) -> float:
     rows, cols = (range(0, n, TILE) for n in (sq, sk))
     if isinstance(mask, Full) or len(rows) * len(cols) > 1 << 16:
         return 1.0
-    seen = sum(mask.classify((i, min(i + TILE, sq) - 1), (j, min(j + TILE, sk) - 1), sq, sk) != "skip" for i in rows for j in cols)
+    seen = sum(
+        mask.classify((i, min(i + TILE, sq) - 1), (j, min(j + TILE, sk) - 1), sq, sk) != "skip"
+        for i in rows
+        for j in cols
+    )
     return seen / (len(rows) * len(cols))
 
 
@@ -75,9 +87,13 @@ def price(spec: AttentionSpec, known: Mapping[str, int], fused: bool) -> cost.Co
     s = sizes(spec, known)
     masked = bool(spec.mask.operands) or any(isinstance(x, Bias) for x in spec.scores)
     return cost.site_cost(
-        b=s.b, h=s.h, hk=s.hk, sq=s.sq, sk=s.sk, dqk=s.dqk, dv=s.dv, dtype=spec.q.dtype, fused=fused, machine=cost.H200,
-        live=live(spec.mask, s.sq, s.sk), masked=masked,
-    )  # fmt: skip
+        **asdict(s),
+        dtype=spec.q.dtype,
+        fused=fused,
+        machine=cost.H200,
+        live=live(spec.mask, s.sq, s.sk),
+        masked=masked,
+    )
 
 
 def gain(found: AttentionSpec, new: AttentionSpec, known: Mapping[str, int], target: str) -> float | None:
@@ -87,4 +103,13 @@ def gain(found: AttentionSpec, new: AttentionSpec, known: Mapping[str, int], tar
     s = sizes(found, known)
     masked = any(isinstance(x, Bias) for x in new.scores) or isinstance(new.mask, Dense)
     share = live(new.mask, s.sq, s.sk) / live(found.mask, s.sq, s.sk) if new.mask != found.mask else 1.0
-    return cost.predict_gain(new.q.dtype, b=s.b, h=s.h, sq=s.sq, sk=s.sk, masked=masked, live=min(1.0, share), target=target.partition(":")[0])
+    return cost.predict_gain(
+        new.q.dtype,
+        b=s.b,
+        h=s.h,
+        sq=s.sq,
+        sk=s.sk,
+        masked=masked,
+        live=min(1.0, share),
+        target=target.partition(":")[0],
+    )

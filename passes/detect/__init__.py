@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import fx
@@ -24,13 +24,16 @@ log = logging.getLogger("attnc.detect")
 __all__ = ["Computed", "Env", "Found", "Recipe", "detect"]
 
 
-def detect(work: fx.Graph, tensors: Mapping[str, torch.Tensor | None]) -> tuple[list[Found], list[tuple[Miss, str]]]:
+def detect(
+    work: fx.Graph, tensors: Mapping[str, torch.Tensor | None], linked: Collection[str] | None = None
+) -> tuple[list[Found], list[tuple[Miss, str]]]:
     """Return the sites of a functional graph and what looked like one, in node order.
 
-    ``tensors`` names the placeholders (or get_attr nodes) that are parameters, buffers or lifted constants, with their values where known.
-    A miss comes with the module path of its anchor.
+    ``tensors`` names the placeholders (or get_attr nodes) that are parameters, buffers or lifted constants,
+    with their values where known. ``linked`` names the nodes whose values exist in the graph that will be
+    edited; None means all. A miss comes with the module path of its anchor.
     """
-    env = Env(tensors, frozenset(tensors))
+    env = Env(tensors, frozenset(tensors), None if linked is None else frozenset(linked))
     order = {n.name: i for i, n in enumerate(work.nodes)}
     nodes = {n.name: n for n in work.nodes}
     names: Counter[str] = Counter()
@@ -40,7 +43,17 @@ def detect(work: fx.Graph, tensors: Mapping[str, torch.Tensor | None]) -> tuple[
     for item in skeletons(work, env):
         anchor = item.node if isinstance(item, Miss) else item.anchor.weights.name
         items.append((order[anchor], item, anchor))
-    taken = frozenset(n for _, i, _ in items for n in ([i.node] if isinstance(i, Miss) else [x.name for x in i.interior] if isinstance(i, Skeleton) else []))
+    taken = frozenset(
+        n
+        for _, i, _ in items
+        for n in (
+            [i.node]
+            if isinstance(i, Miss)
+            else [x.name for x in i.interior]
+            if isinstance(i, Skeleton)
+            else []
+        )
+    )
     for miss in unnormalized(work, env, taken):
         items.append((order[miss.node], miss, miss.node))
     for call in fused_calls(work, env):

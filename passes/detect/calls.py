@@ -1,7 +1,10 @@
-"""Sites that are fused already: calls of ``scaled_dot_product_attention``, read into the same skeleton as spelled-out ones.
+"""Sites that are fused already: calls of ``scaled_dot_product_attention``.
 
-Such a call is worth reading because its mask tensor may have a closed form (a causal or padding mask that every key pays for), its keys may be
-repeated for grouped heads, and because sparse and quantized forms apply to it all the same.  SDPA gives zeros to a query that sees no key.
+They are read into the same skeleton as spelled-out ones.
+
+Such a call is worth reading because its mask tensor may have a closed form (a causal or padding mask that
+every key pays for), its keys may be repeated for grouped heads, and because sparse and quantized forms apply
+to it all the same. SDPA gives zeros to a query that sees no key.
 """
 
 from __future__ import annotations
@@ -14,11 +17,11 @@ from torch import fx
 from attnc import expr as E
 from attnc.expr import ONE, ZERO, Expr
 from attnc.ir import Miss, Scale, Softmax
+from attnc.passes.detect.arithmetic import to_bool
 from attnc.passes.detect.contraction import Contraction
 from attnc.passes.detect.env import Env, RawMask, RawMod, step_into
 from attnc.passes.detect.graph import argument, base_name, ratio_of_numbers, shape, tensor_of
 from attnc.passes.detect.norms.anchor import Anchor
-from attnc.passes.detect.pull import to_bool
 from attnc.passes.detect.scores.additive import additive
 from attnc.passes.detect.sites import Skeleton
 from attnc.passes.detect.views import At, Index
@@ -33,7 +36,8 @@ def fused_calls(graph: fx.Graph, env: Env) -> list[Skeleton | Miss]:
 
 def _read(node: fx.Node, env: Env) -> Skeleton | Miss:
     q, k, v = node.args[:3]
-    assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
+    if not isinstance(q, fx.Node) or not isinstance(k, fx.Node) or not isinstance(v, fx.Node):
+        return Miss("sdpa-operands", node.name, "expected tensors as query, key and value")
     sizes, width = shape(q), E.as_int(shape(q)[-1])
     scale = argument(node, 6, "scale")
     if scale is None and width is None:
@@ -57,9 +61,21 @@ def _read(node: fx.Node, env: Env) -> Skeleton | Miss:
         return Miss("sdpa-operands", node.name, f"keys {shape(k)} do not fit queries {sizes}")
     features = tuple(g for x in (feature,) if (g := E.only_index(x)) is not None)
     s = Skeleton(
-        anchor, values, At(node, weights), At(q, (*batch, row, feature)), At(k, (*kv, key, feature)), At(v, (*kv, key, value)), key,
-        (*batch, row, value), node, [*mods, *mask], [node], ["sdpa-call"], features, weights,
-    )  # fmt: skip
+        anchor,
+        values,
+        scores=At(node, weights),
+        q=At(q, (*batch, row, feature)),
+        k=At(k, (*kv, key, feature)),
+        v=At(v, (*kv, key, value)),
+        key=key,
+        out=(*batch, row, value),
+        output=node,
+        mods=[*mods, *mask],
+        interior=[node],
+        trail=["sdpa-call"],
+        features=features,
+        weights=weights,
+    )
     s.dropout = float(ratio_of_numbers(argument(node, 4, "dropout_p", 0.0)) or 0.0)
     return s
 

@@ -1,7 +1,7 @@
 """Contractions: matmul, bmm, baddbmm, mm, einsum and linear as one thing, an einsum with labels.
 
-``contraction(node)`` names every axis of both operands and of the result; an axis that is in both operands and not in the
-result is summed.  Batched and broadcast matmuls, any letters and any layout come out the same.
+``contraction(node)`` names every axis of both operands and of the result; an axis that is in both operands
+and not in the result is summed. Batched and broadcast matmuls, any letters and any layout come out the same.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from attnc.passes.detect.views import At, Index
 
 @dataclass(frozen=True, slots=True)
 class Contraction:
-    """``out[o] = alpha * sum lhs[l] * rhs[r] + beta * base``; labels are one letter per axis, sizes by letter."""
+    """A sum of products, ``node[out] = alpha * sum lhs[left] * rhs[right] + beta * base``.
+
+    Labels are one letter per axis.
+    """
 
     node: fx.Node
     lhs: fx.Node
     rhs: fx.Node
-    l: str
-    r: str
-    o: str
+    left: str
+    right: str
+    out: str
     alpha: float = 1.0
     base: fx.Node | None = None
     beta: float = 1.0
@@ -32,28 +35,33 @@ class Contraction:
     @property
     def summed(self) -> str:
         """Labels in both operands and not in the result."""
-        return "".join(c for c in self.l if c in self.r and c not in self.o)
+        return "".join(c for c in self.left if c in self.right and c not in self.out)
 
     def sizes(self) -> dict[str, Expr]:
         """Return the size of each label (the larger one where an operand broadcasts)."""
         out: dict[str, Expr] = {}
-        for labels, node in ((self.l, self.lhs), (self.r, self.rhs)):
+        for labels, node in ((self.left, self.lhs), (self.right, self.rhs)):
             for c, n in zip(labels, shape(node), strict=True):
                 if out.get(c, ONE) == ONE:
                     out[c] = n
         return out
 
     def operands(self, at: Index, tag: str) -> tuple[At, At, dict[str, Expr]]:
-        """Return both operands' elements for result element ``at``; summed labels get fresh indices named by ``tag``."""
-        env = dict(zip(self.o, at, strict=True))
+        """Return both operands' elements for result element ``at``.
+
+        Summed labels get fresh indices named by ``tag``.
+        """
+        env = dict(zip(self.out, at, strict=True))
         sizes = self.sizes()
         fresh = {c: ZERO if sizes[c] == ONE else index(f"{tag}.{c}", sizes[c]) for c in self.summed}
         env.update(fresh)
 
         def pick(labels: str, node: fx.Node) -> At:
-            return At(node, tuple(ZERO if n == ONE else env[c] for c, n in zip(labels, shape(node), strict=True)))
+            return At(
+                node, tuple(ZERO if n == ONE else env[c] for c, n in zip(labels, shape(node), strict=True))
+            )
 
-        return pick(self.l, self.lhs), pick(self.r, self.rhs), fresh
+        return pick(self.left, self.lhs), pick(self.right, self.rhs), fresh
 
 
 def contraction(node: fx.Node) -> Contraction | None:
@@ -68,7 +76,7 @@ def contraction(node: fx.Node) -> Contraction | None:
         c = _matmul(node, a, b) if isinstance(a, fx.Node) and isinstance(b, fx.Node) else None
         if c is None or alpha is None or beta is None or not isinstance(base, fx.Node):
             return None
-        return Contraction(node, c.lhs, c.rhs, c.l, c.r, c.o, alpha, base if beta else None, beta)
+        return Contraction(node, c.lhs, c.rhs, c.left, c.right, c.out, alpha, base if beta else None, beta)
     if name == "einsum":
         return _einsum(node)
     return None
@@ -81,20 +89,29 @@ def _matmul(node: fx.Node, a: fx.Node, b: fx.Node) -> Contraction | None:
     if m < 2 or n < 2:
         return None
     batch = "abcdefgh"[: max(m, n) - 2]
-    return Contraction(node, a, b, batch[len(batch) - (m - 2) :] + "mz", batch[len(batch) - (n - 2) :] + "zn", batch + "mn")
+    return Contraction(
+        node, a, b, batch[len(batch) - (m - 2) :] + "mz", batch[len(batch) - (n - 2) :] + "zn", batch + "mn"
+    )
 
 
 def _einsum(node: fx.Node) -> Contraction | None:
     equation, tensors = argument(node, 0, "equation"), argument(node, 1, "tensors")
-    if not isinstance(equation, str) or not isinstance(tensors, list | tuple) or len(tensors) != 2 or "..." in equation:
+    if (
+        not isinstance(equation, str)
+        or not isinstance(tensors, list | tuple)
+        or len(tensors) != 2
+        or "..." in equation
+    ):
         return None
-    left, arrow, out = equation.replace(" ", "").partition("->")
-    l, r = left.split(",")
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    left, right = inputs.split(",")
+    letters = left + right
     if not arrow:
-        out = "".join(sorted(c for c in set(l + r) if (l + r).count(c) == 1))
-    if len(set(l)) < len(l) or len(set(r)) < len(r) or any(c not in out and (c in l) != (c in r) for c in l + r):
+        out = "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    repeated = len(set(left)) < len(left) or len(set(right)) < len(right)
+    if repeated or any(c not in out and (c in left) != (c in right) for c in letters):
         return None
     a, b = tensors
     if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
         return None
-    return Contraction(node, a, b, l, r, out)
+    return Contraction(node, a, b, left, right, out)

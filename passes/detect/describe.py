@@ -1,11 +1,14 @@
-"""From a skeleton with roles to a Found: the spec, its mask and captured operands, and recipes for every tensor."""
+"""From a skeleton with roles to a Found: the spec, and recipes for every tensor it reads."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, NoReturn
 
 import torch
+from torch import fx
 
 from attnc import expr as E
 from attnc import masks as M
@@ -24,21 +27,22 @@ from attnc.ir import (
     Softmax,
     Step,
 )
-from attnc.passes.detect.env import Env, RawBias, RawGain, RawMask, RawShift
+from attnc.passes.detect.arithmetic import rounded
+from attnc.passes.detect.env import Env, RawBias, RawGain, RawMask
 from attnc.passes.detect.found import Computed, Found
 from attnc.passes.detect.graph import argument, module_path, shape, source_line, tensor_of, users
 from attnc.passes.detect.layout import Recipe, digits, from_roles, size_of, to_roles
 from attnc.passes.detect.masks.lift import Positions, lift
 from attnc.passes.detect.roles import Atoms, Candidate, Roles, assign, choose
 from attnc.passes.detect.sites import Skeleton
-from attnc.passes.detect.views import At
+from attnc.passes.detect.views import At, stepped
 from attnc.sizes import show_dim
 
 HUGE = -1e30
 
 
 class Refusal(Exception):
-    """A condition of the description failed; carries the Miss.  Raised and caught inside this package only."""
+    """A condition of the description failed; carries the Miss. Raised and caught inside this package only."""
 
     def __init__(self, miss: Miss) -> None:
         super().__init__(miss.why)
@@ -51,17 +55,35 @@ class _Draft:
 
     skeleton: Skeleton
     roles: Roles
+    env: Env
     steps: list[Step] = field(default_factory=list)
     mask: RawMask | None = None
+    shift: float = 0.0
     captured: list[Operand] = field(default_factory=list)
     recipes: dict[str, Recipe | Computed] = field(default_factory=dict)
+
+    def refuse(self, code: str, why: str) -> NoReturn:
+        """Give up on the site."""
+        raise Refusal(Miss(code, self.skeleton.scores.node.name, why))
+
+    def refuse_shift(self, why: str) -> None:
+        """Give up if a constant was added to all scores, which a softmax alone does not see."""
+        if self.shift != 0.0:
+            self.refuse("shift-matters", why)
 
     def grid(self) -> tuple[Atoms, Atoms, Atoms, Atoms]:
         """Return the atoms of the score axes b, h, q, k."""
         r = self.roles
         return r.batch, r.heads, r.query, r.key
 
-    def capture(self, axes: str, roles: tuple[Atoms, ...], recipe: Recipe | Computed, dtype: torch.dtype, kept: tuple[bool, ...]) -> str:
+    def capture(
+        self,
+        axes: str,
+        roles: tuple[Atoms, ...],
+        recipe: Recipe | Computed,
+        dtype: torch.dtype,
+        kept: tuple[bool, ...],
+    ) -> str:
         """Add a captured operand and return its name; ``kept`` says which roles are not of size 1."""
         name = f"c{len(self.captured)}"
         dims = tuple(show_dim(size_of(r)) if k else 1 for r, k in zip(roles, kept, strict=True))
@@ -84,33 +106,66 @@ def describe(s: Skeleton, env: Env, name: str) -> Found | Miss:
         return r.miss
 
 
-def _found(s: Skeleton, env: Env, chosen: dict[str, Candidate], r: Roles, name: str) -> Found:
-    draft = _Draft(s, r)
-    factor = chosen["q"].factor * chosen["k"].factor
+def _found(s: Skeleton, env: Env, chosen: dict[str, list[Candidate]], r: Roles, name: str) -> Found:
+    draft = _Draft(s, r, env)
+    picked = {n: _easiest(places, _LAYOUTS[n][1](r)) for n, places in chosen.items()}
+    factor = picked["q"].factor * picked["k"].factor
     if factor != 1.0:
         s.mods.insert(0, Scale(factor))
-    if chosen["v"].factor != 1.0:
-        raise Refusal(Miss("scaled-values", chosen["v"].at.node.name, "the values are multiplied by a constant"))
     _steps(draft, env)
     mask, fill = _mask(draft)
     norm = _norm(draft, env)
-    q, k, v, recipes = _operands(s, r, chosen)
+    q, k, v, recipes = _operands(r, picked)
     result = from_roles(s.out, (r.batch, r.heads, r.query, r.value), shape(s.output), "")
     if result is None:
-        raise Refusal(Miss("result-layout", s.output.name, "the result's axes are no product of batch, heads, queries and features"))
-    spec = AttentionSpec(q, k, v, _number(size_of(r.group), s), tuple(draft.steps), mask, fill, norm, tuple(draft.captured), s.dropout)
-    region, escapes = _region(s, chosen)
+        raise Refusal(
+            Miss(
+                "result-layout",
+                s.output.name,
+                "the result's axes are no product of batch, heads, queries and features",
+            )
+        )
+    spec = AttentionSpec(
+        q,
+        k,
+        v,
+        _number(size_of(r.group), s),
+        tuple(draft.steps),
+        mask,
+        fill,
+        norm,
+        tuple(draft.captured),
+        s.dropout,
+    )
+    made = (*recipes.values(), *draft.recipes.values())
+    region, escapes = _region(s, picked, {n for r in made for n in r.reads})
     path, kind = module_path(s.anchor.weights)
     line = source_line(s.anchor.weights)
-    match = Match(spec, Site(name, path, f"{kind} {line}".strip()), frozenset(region), s.output.name, tuple(reversed(s.trail)), escapes)
+    match = Match(
+        spec,
+        Site(name, path, f"{kind} {line}".strip()),
+        frozenset(region),
+        s.output.name,
+        tuple(reversed(s.trail)),
+        escapes,
+    )
     captured = {n: draft.recipes[n] for n in (o.name for o in draft.captured)}
     fused = s.trail == ["sdpa-call"]
-    return Found(match, recipes, captured, result, s.anchor.weights.name, fused, improves=fused and _improves(s, spec, chosen))
+    return Found(
+        match, recipes, captured, result, s.anchor.weights.name, fused, improves=fused and _improves(s, spec)
+    )
 
 
-def _improves(s: Skeleton, spec: AttentionSpec, chosen: dict[str, Candidate]) -> bool:
-    """Say whether the spec knows more than the fused call: a closed mask in place of a tensor, or keys that are not repeated."""
-    closed = argument(s.output, 3, "attn_mask") is not None and not any(isinstance(x, Bias) for x in spec.scores) and not _is_dense(spec.mask)
+def _improves(s: Skeleton, spec: AttentionSpec) -> bool:
+    """Say whether the spec knows more than the fused call.
+
+    That is a closed mask in place of a tensor, or keys that are not repeated.
+    """
+    closed = (
+        argument(s.output, 3, "attn_mask") is not None
+        and not any(isinstance(x, Bias) for x in spec.scores)
+        and not _is_dense(spec.mask)
+    )
     return closed or (spec.group_size > 1 and not argument(s.output, 7, "enable_gqa", False))
 
 
@@ -121,26 +176,50 @@ def _is_dense(mask: M.Mask) -> bool:
 def _number(size: Expr, s: Skeleton) -> int:
     n = E.as_int(size)
     if n is None:
-        raise Refusal(Miss("size-not-decided", s.scores.node.name, f"the number of query heads per key head is {size}, expected a number"))
+        raise Refusal(
+            Miss(
+                "size-not-decided",
+                s.scores.node.name,
+                f"the number of query heads per key head is {size}, expected a number",
+            )
+        )
     return n
 
 
-def _operands(s: Skeleton, r: Roles, chosen: dict[str, Candidate]) -> tuple[Operand, Operand, Operand, dict[str, Recipe]]:
-    layouts = {
-        "q": ("bhqd", (r.batch, r.heads, r.query, r.feature)),
-        "k": ("bhkd", (r.batch, r.head, r.key, r.feature)),
-        "v": ("bhke", (r.batch, r.head, r.key, r.value)),
-    }
-    operands, recipes = [], {}
-    for name, (axes, roles) in layouts.items():
-        at = chosen[name].at
+_LAYOUTS: dict[str, tuple[str, Callable[[Roles], tuple[Atoms, ...]]]] = {
+    "q": ("bhqd", lambda r: (r.batch, r.heads, r.query, r.feature)),
+    "k": ("bhkd", lambda r: (r.batch, r.head, r.key, r.feature)),
+    "v": ("bhke", lambda r: (r.batch, r.head, r.key, r.value)),
+}
+
+
+def _easiest(places: list[Candidate], roles: tuple[Atoms, ...]) -> Candidate:
+    """Return the place from which the fewest views lead to the roles, the nearest among equals."""
+    best, fewest = places[0], 1 << 30
+    for c in places:
+        if any(digits(x) is None for x in c.at.index):
+            continue
+        recipe = to_roles(c.at, roles)
+        if recipe is not None and len(recipe.steps) < fewest:
+            best, fewest = c, len(recipe.steps)
+        if not fewest:
+            break
+    return best
+
+
+def _operands(r: Roles, chosen: dict[str, Candidate]) -> tuple[Operand, Operand, Operand, dict[str, Recipe]]:
+    operands, recipes = {}, {}
+    for name, (axes, layout) in _LAYOUTS.items():
+        at, roles = chosen[name].at, layout(r)
         recipe = to_roles(at, roles)
         t = tensor_of(at.node)
         if recipe is None or t is None:
-            raise Refusal(Miss("operand-layout", at.node.name, f"{name} cannot be brought to {axes} by views"))
+            raise Refusal(
+                Miss("operand-layout", at.node.name, f"{name} cannot be brought to {axes} by views")
+            )
         recipes[name] = recipe
-        operands.append(Operand(name, axes, tuple(show_dim(size_of(x)) for x in roles), t.dtype))
-    return operands[0], operands[1], operands[2], recipes
+        operands[name] = Operand(name, axes, tuple(show_dim(size_of(x)) for x in roles), t.dtype)
+    return operands["q"], operands["k"], operands["v"], recipes
 
 
 # ---------------------------------------------------------------- scores
@@ -153,76 +232,129 @@ def _steps(d: _Draft, env: Env) -> None:
             _add_scale(d, mod)
         elif isinstance(mod, Softcap):
             if d.mask is not None:
-                raise Refusal(Miss("mask-inside-softcap", d.skeleton.scores.node.name, "the mask is applied before the soft cap, so it hides nothing"))
+                d.refuse(
+                    "mask-inside-softcap", "the mask is applied before the soft cap, so it hides nothing"
+                )
+            d.refuse_shift("a constant is added to the scores before the soft cap")
             d.steps.append(mod)
         elif isinstance(mod, RawBias):
-            if d.mask is not None and d.mask.how == "replace" and d.mask.value > HUGE:
-                raise Refusal(Miss("bias-after-mask", mod.at.node.name, f"a bias is added after hidden scores became {d.mask.value:g}"))
-            d.steps.append(Bias(_score_operand(d, mod.at), 1 if mod.sign > 0 else -1))
+            _add_bias(d, mod.at, mod.sign)
         elif isinstance(mod, RawGain):
             if d.mask is not None or mod.inverse:
-                raise Refusal(Miss("gain", mod.at.node.name, "a tensor divides the scores, or multiplies masked ones"))
+                d.refuse("gain", "a tensor divides the scores, or multiplies masked ones")
+            d.refuse_shift("a constant is added to the scores before they are multiplied by a tensor")
             d.steps.append(Gain(_score_operand(d, mod.at)))
         elif isinstance(mod, RawMask):
             _add_mask(d, mod, env)
-        elif isinstance(mod, RawShift) and (d.skeleton.sink is not None or d.skeleton.anchor.norm.sink is not None):
-            raise Refusal(Miss("shift-with-sink", d.skeleton.scores.node.name, "a constant is added to the scores but not to the sink"))
+        else:
+            d.shift += mod.value
+    if not math.isfinite(d.shift):
+        d.refuse("shift-not-finite", f"{d.shift} is added to all scores")
+    if d.skeleton.sink is not None or d.skeleton.anchor.norm.sink is not None:
+        d.refuse_shift("a constant is added to the scores but not to the sink")
 
 
 def _add_scale(d: _Draft, mod: Scale) -> None:
     if d.mask is not None:
         if mod.factor <= 0:
-            raise Refusal(Miss("mask-times-negative", d.skeleton.scores.node.name, "masked scores are multiplied by a negative number"))
-        d.mask = RawMask(d.mask.keep, d.mask.value * mod.factor, d.mask.how, d.mask.at if math.isinf(d.mask.value) else None)
+            d.refuse("mask-times-negative", "masked scores are multiplied by a negative number")
+        t = tensor_of(d.skeleton.scores.node)
+        assert t is not None, "scores are a tensor"
+        at = d.mask.at if math.isinf(d.mask.value) else None
+        d.mask = replace(d.mask, value=rounded(d.mask.value * mod.factor, t.dtype), at=at)
+    d.shift *= mod.factor
     if d.steps and isinstance(d.steps[-1], Scale):
         mod = Scale(d.steps.pop().factor * mod.factor)  # type: ignore[union-attr]
     if mod.factor != 1.0:
         d.steps.append(mod)
 
 
+def _add_bias(d: _Draft, at: At, sign: Literal[1, -1]) -> None:
+    """Add a tensor; a mask before it moves behind it.
+
+    Scores replaced by a huge negative number and then added to are that number plus the tensor, which is what
+    adding both to the score gives: the score is lost in rounding either way.  The sum matters to a query that
+    sees no key, where the tensor holds huge negative numbers too.
+    """
+    if d.mask is not None and d.mask.how == "replace" and math.isfinite(d.mask.value):
+        if d.mask.value > HUGE:
+            d.refuse("bias-after-mask", f"a bias is added after hidden scores became {d.mask.value:g}")
+        d.mask = replace(d.mask, how="add", at=None)
+    d.steps.append(Bias(_score_operand(d, at), sign))
+
+
 def _add_mask(d: _Draft, mod: RawMask, env: Env) -> None:
-    if not _emittable(mod.keep):
+    if mod.how == "replace" and math.isfinite(mod.value):
+        mod = replace(mod, value=mod.value - d.shift)
+    if not _emittable(mod.keep, d):
         if mod.at is None:
-            raise Refusal(Miss("mask-not-readable", d.skeleton.scores.node.name, "a scaled additive mask has no closed form"))
-        if mod.how == "add":
-            d.steps.append(Bias(_score_operand(d, mod.at)))
+            d.refuse("mask-not-readable", "a scaled additive mask has no closed form")
+        elif mod.how == "add":
+            _add_bias(d, mod.at, mod.sense)
             return
-        cond = E.load(mod.at.node.name, mod.at.index, "bool")
-        derived = env.derive(mod.at)
-        keeps = derived is not None and derived == mod.keep
-        mod = RawMask(cond if keeps else E.not_(cond), mod.value, mod.how, mod.at)
+        else:
+            mod = replace(mod, keep=_condition(d, mod.at, mod.sense))
     first = d.mask
+    same = first is not None and first.value == mod.value
     if first is None:
         d.mask = mod
-    elif first.how == "add" and first.at is not None and not math.isinf(first.value):
-        d.steps.append(Bias(_score_operand(d, first.at)))
-        d.mask = mod
-    elif first.value == mod.value and (first.how == mod.how == "replace" or math.isinf(mod.value)):
+    elif same and (first.how == mod.how == "replace" or math.isinf(mod.value)):
         d.mask = RawMask(E.and_(first.keep, mod.keep), mod.value, mod.how, None)
+    elif first.how == "add" and first.at is not None:
+        d.steps.append(Bias(_score_operand(d, first.at), first.sense))
+        d.mask = mod
+    elif mod.how == "add" and mod.at is not None:
+        _add_bias(d, mod.at, mod.sense)
     else:
-        raise Refusal(Miss("two-masks", d.skeleton.scores.node.name, f"two masks with different fills ({first.value:g}, {mod.value:g}) cannot be joined exactly"))
+        both = f"({first.value:g}, {mod.value:g})"
+        d.refuse("two-masks", f"two masks with different fills {both} cannot be joined exactly")
 
 
-def _emittable(keep: Expr) -> bool:
-    """Say whether the condition is made of comparisons of integers, connectives and loads of views of tensors."""
+def _condition(d: _Draft, at: At, sense: int) -> Expr:
+    """Return the condition of a mask that has no closed form, read from the tensor that holds it."""
+    cond = E.load(at.node.name, at.index, "bool")
+    if not _emittable(cond, d):
+        d.refuse("side-operand-layout", f"a mask is read at {list(at.index)}")
+    return cond if sense > 0 else E.not_(cond)
+
+
+def _emittable(keep: Expr, d: _Draft) -> bool:
+    """Say whether the condition is made of comparisons of integers, connectives and loads."""
     for e in E.walk(keep):
         if e.op in ("call", "where", "opaque", "floordiv", "mod", "const"):
             return False
-        if e.op == "load" and any(digits(i) is None for i in e.args[1]):
+        if e.op == "load" and not _readable(e, d):
+            return False
+        if e.op in ("le0", "eq0") and not any(g.op in ("index", "load") for g in E.walk(e)):
             return False
     return True
 
 
+def _readable(load: Expr, d: _Draft) -> bool:
+    """Say whether views of the loaded tensor give its elements, and a rewritten graph can read it."""
+    node = d.env.node(load.args[0], d.skeleton.scores.node.graph)
+    return d.env.usable(node) and to_roles(At(node, load.args[1]), d.grid()) is not None
+
+
 def _score_operand(d: _Draft, at: At) -> str:
-    """Capture a tensor that is added to or multiplied with the scores, at size 1 along roles it does not vary along."""
+    """Capture a tensor that is added to or multiplied with the scores.
+
+    It has size 1 along roles it does not vary along.
+    """
     roles = d.grid()
+    while not d.env.usable(at.node) and (step := stepped(at)) is not None:
+        at = step[0]
     recipe = to_roles(at, roles, expand=False)
     kept = tuple(bool(set(r) & set(E.indices(E.Expr("t", at.index)))) for r in roles)
     if recipe is None:
         recipe, kept = to_roles(at, roles), (True,) * 4
     t = tensor_of(at.node)
     if recipe is None or t is None:
-        raise Refusal(Miss("side-operand-layout", at.node.name, f"a tensor beside the scores is read at {list(at.index)}"))
+        raise Refusal(
+            Miss(
+                "side-operand-layout", at.node.name, f"a tensor beside the scores is read at {list(at.index)}"
+            )
+        )
     return d.capture("bhqk", roles, recipe, t.dtype, kept)
 
 
@@ -262,23 +394,39 @@ def _norm(d: _Draft, env: Env) -> Softmax:
     recipe = to_roles(at, (d.roles.heads,))
     t = tensor_of(at.node)
     if recipe is None or t is None:
-        raise Refusal(Miss("sink-layout", at.node.name, f"the sink logit is read at {list(at.index)}, expected one per head"))
+        raise Refusal(
+            Miss(
+                "sink-layout",
+                at.node.name,
+                f"the sink logit is read at {list(at.index)}, expected one per head",
+            )
+        )
     return Softmax(d.capture("h", (d.roles.heads,), recipe, t.dtype, (True,)), norm.upcast, norm.safe)
 
 
 # ---------------------------------------------------------------- region
 
 
-def _region(s: Skeleton, chosen: dict[str, Candidate]) -> tuple[set[str], tuple[str, ...]]:
-    """Return the nodes that die with the site, and interior nodes whose values are used outside."""
+def _region(
+    s: Skeleton, chosen: dict[str, Candidate], read: set[str]
+) -> tuple[set[str], tuple[str, ...]]:
+    """Return the nodes that die with the site, and interior nodes whose values are used outside.
+
+    A node outside whose value only goes into the site dies too, unless it is in ``read``: what operands are
+    made from.
+    """
     inside = {n.name: n for n in s.interior}
     for c in chosen.values():
         for n in c.skipped:
             inside.setdefault(n.name, n)
-    core = {n.name for n in s.interior}
-    escapes = []
-    for name in sorted(core):
-        node = inside[name]
-        if node is not s.output and any(u.name not in inside for u in users(node)):
-            escapes.append(name)
+    core = sorted({n.name for n in s.interior} - {s.output.name})
+    outside = [u for name in core for u in users(inside[name]) if u.name not in inside]
+    while absorbed := [u for u in outside if u.name not in read and _only_feeds(u, inside)]:
+        inside |= {u.name: u for u in absorbed}
+        outside = [u for u in outside if u.name not in inside]
+    escapes = [name for name in core if any(u.name not in inside for u in users(inside[name]))]
     return set(inside), tuple(escapes)
+
+
+def _only_feeds(node: fx.Node, inside: Mapping[str, fx.Node]) -> bool:
+    return bool(users(node)) and all(u.name in inside for u in users(node))

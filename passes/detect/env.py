@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import fx
@@ -16,11 +17,14 @@ from attnc.passes.detect.graph import base_name, inputs, op_name, tensor_of
 from attnc.passes.detect.pull import OverBudgetError, Puller
 from attnc.passes.detect.views import At, broadcast
 
-BARRIERS = frozenset(
-    "linear addmm matmul mm bmm baddbmm einsum _softmax softmax _safe_softmax _log_softmax log_softmax logsumexp layer_norm native_layer_norm "
-    "rms_norm group_norm batch_norm convolution conv1d conv2d conv3d embedding scaled_dot_product_attention sum mean amax amin max_pool2d "
-    "topk sort gather scatter index_put cumsum cumprod prod var std linalg_vector_norm norm argmax".split()
-)
+_BARRIER_NAMES = """
+linear addmm matmul mm bmm baddbmm einsum _softmax softmax _safe_softmax _log_softmax log_softmax
+logsumexp layer_norm native_layer_norm rms_norm group_norm batch_norm convolution conv1d conv2d conv3d
+embedding scaled_dot_product_attention sum mean amax amin max_pool2d topk sort gather scatter index_put
+cumsum cumprod prod var std linalg_vector_norm norm argmax
+"""
+_METADATA_READERS = "zeros_like ones_like full_like empty_like rand_like new_zeros new_ones new_full new_empty"
+BARRIERS = frozenset(_BARRIER_NAMES.split() + _METADATA_READERS.split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +32,7 @@ class RawBias:
     """``sign`` times the value at ``at`` is added to the score."""
 
     at: At
-    sign: int = 1
+    sign: Literal[1, -1] = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +45,17 @@ class RawGain:
 
 @dataclass(frozen=True, slots=True)
 class RawMask:
-    """Hidden positions get ``value``, added or put in place; ``at`` is the additive tensor or the condition it came from."""
+    """Hidden positions get ``value``, added or put in place.
+
+    ``at`` is the tensor it came from: what is added (``sense`` is its sign), or the condition (``sense`` is 1
+    if a true one keeps the score, -1 if it hides it).
+    """
 
     keep: Expr
     value: float
     how: str
     at: At | None
+    sense: Literal[1, -1] = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +80,37 @@ class Peeled:
 
 @dataclass
 class Env:
-    """Facts of one working graph, memoised.  ``tensors`` names parameters, buffers and lifted constants."""
+    """Facts of one working graph, memoised.
+
+    ``tensors`` names parameters, buffers and lifted constants; ``linked`` the nodes whose values exist in the
+    user's graph (None: all).
+    """
 
     tensors: Mapping[str, torch.Tensor | None] = field(default_factory=dict)
     fixed: frozenset[str] = frozenset()
+    linked: frozenset[str] | None = None
 
     def __post_init__(self) -> None:
         self.puller = Puller(self.tensors)
         self._carries: dict[str, bool] = {}
         self._pure: dict[str, bool] = {}
+        self._nodes: dict[str, fx.Node] = {}
+
+    def node(self, name: str, graph: fx.Graph) -> fx.Node:
+        """Return the node of the working graph with this name."""
+        if not self._nodes:
+            self._nodes = {n.name: n for n in graph.nodes}
+        return self._nodes[name]
+
+    def usable(self, node: fx.Node) -> bool:
+        """Say whether a rewritten graph can read the node's value."""
+        return self.linked is None or node.name in self.linked
 
     def pure(self, node: fx.Node) -> bool:
-        """Say whether the node depends on no input of the user: on parameters, buffers (``fixed``) and constants only."""
+        """Say whether the node depends on no input of the user.
+
+        Parameters, buffers (``fixed``) and constants are none.
+        """
         memo = self._pure
         stack = [node]
         while stack:
@@ -93,7 +121,11 @@ class Env:
             if n.op in ("placeholder", "get_attr"):
                 memo[n.name] = n.name in self.fixed or n.op == "get_attr"
                 continue
-            sources = [x for x in n.all_input_nodes if tensor_of(x) is not None or isinstance(x.meta.get("val"), tuple | list)]
+            sources = [
+                x
+                for x in n.all_input_nodes
+                if tensor_of(x) is not None or isinstance(x.meta.get("val"), tuple | list)
+            ]
             todo = [x for x in sources if x.name not in memo]
             if todo:
                 stack += todo
@@ -102,14 +134,20 @@ class Env:
         return memo[node.name]
 
     def scores_of(self, node: fx.Node) -> Contraction | None:
-        """Return the node as a contraction that may produce scores: it sums, and neither operand is a mere parameter."""
+        """Return the node as a contraction that may produce scores.
+
+        It sums, and neither operand is a mere parameter.
+        """
         c = contraction(node)
         if c is None or not c.summed or self.pure(c.lhs) or self.pure(c.rhs):
             return None
         return c
 
     def carries(self, node: fx.Node) -> bool:
-        """Say whether the node's value comes from a scores contraction without crossing another one or a barrier."""
+        """Say whether the node's value comes from a scores contraction.
+
+        Another contraction or a barrier between the two ends the way.
+        """
         memo = self._carries
         stack = [node]
         while stack:
@@ -130,7 +168,10 @@ class Env:
         return memo[node.name]
 
     def sides(self, node: fx.Node) -> tuple[object, object] | None:
-        """Return (carrying argument, other argument) of a two-argument op, None unless exactly one carries."""
+        """Return (carrying argument, other argument) of a two-argument op.
+
+        None unless exactly one carries.
+        """
         a, b = node.args[:2]
         ca, cb = (isinstance(x, fx.Node) and tensor_of(x) is not None and self.carries(x) for x in (a, b))
         return (a, b) if ca and not cb else (b, a) if cb and not ca else None
@@ -143,7 +184,10 @@ class Env:
             return None
 
     def scalar(self, x: object) -> float | None:
-        """Return a constant argument (a number, or a tensor whose every element is one constant), else None."""
+        """Return a constant argument, else None.
+
+        A constant is a number, or a tensor whose every element is the same constant.
+        """
         if isinstance(x, bool):
             return None
         if isinstance(x, int | float):
@@ -162,4 +206,3 @@ def step_into(at: At, node: object) -> At:
     """Return the element of ``node`` that an elementwise op at ``at`` reads."""
     assert isinstance(node, fx.Node)
     return At(node, broadcast(at.index, node))
-

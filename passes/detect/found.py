@@ -5,29 +5,36 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from attnc.expr import Expr
+from attnc.expr import Expr, loads
 from attnc.ir import Match
 from attnc.passes.detect.layout import Recipe
 
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """A captured operand that is a symbolic predicate: emit ``value`` as a bool tensor with one axis per role.
+    """A captured operand that is a symbolic predicate: a bool tensor of ``value``, one axis per role.
 
-    ``axes`` lists, per canonical axis, the atoms (index generators) of that axis; an empty group is an axis of size 1.  ``leaves`` maps each tensor that is
-    loaded to how its elements are indexed (already in ``value``).
+    ``axes`` lists, per canonical axis, the atoms (index generators) of that axis; an empty group is an axis
+    of size 1. ``leaves`` maps each tensor that is loaded to how its elements are indexed (already in
+    ``value``).
     """
 
     value: Expr
     axes: tuple[tuple[Expr, ...], ...]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The nodes whose elements the condition loads."""
+        return tuple(e.args[0] for e in loads(self.value))
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
     """A match and its recipes, all in names of the working graph.
 
-    ``operands`` has q, k, v; ``captured`` one entry per ``match.spec.captured``; ``result`` turns the canonical output into the value of ``match.output``.
-    ``fused`` says that the user's graph already calls a fused op here, ``improves`` that the spec knows more than that call.
+    ``operands`` has q, k, v; ``captured`` one entry per ``match.spec.captured``; ``result`` turns the
+    canonical output into the value of ``match.output``. ``fused`` says that the user's graph already calls a
+    fused op here, ``improves`` that the spec knows more than that call.
     """
 
     match: Match

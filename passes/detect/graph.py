@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,11 +16,16 @@ from attnc.sizes import dim
 
 aten = torch.ops.aten
 
-METADATA_ONLY = frozenset({"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "_assert_async"})
+METADATA_ONLY = frozenset(
+    {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "_assert_async"}
+)
 
 
 def op_name(node: fx.Node) -> str:
-    """Return ``name.overload`` of an ATen call (``mul.Tensor``), ``py.add`` of a Python operator, '' of other nodes."""
+    """Return ``name.overload`` of an ATen call, such as ``mul.Tensor``.
+
+    A Python operator is ``py.add``; other nodes give ''.
+    """
     target = node.target
     if node.op != "call_function":
         return ""
@@ -65,14 +71,26 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     return node.kwargs.get(name, default)
 
 
+def is_float_cast(node: fx.Node) -> bool:
+    """Say whether the node changes a floating tensor's type or device, and nothing else."""
+    if base_name(node) not in ("_to_copy", "to", "type_as") or not isinstance(node.args[0], fx.Node):
+        return False
+    here, there = tensor_of(node), tensor_of(node.args[0])
+    if here is None or there is None:
+        return False
+    return here.dtype.is_floating_point and there.dtype.is_floating_point
+
+
 def users(node: fx.Node) -> tuple[fx.Node, ...]:
     """Return the users of a node's value; metadata asserts and pure calls that nobody reads do not count."""
     return tuple(u for u in node.users if base_name(u) not in METADATA_ONLY and not _dead(u))
 
 
 def _dead(node: fx.Node) -> bool:
+    if node.op != "call_function" or node.users:
+        return False
     schema = getattr(node.target, "_schema", None)
-    return node.op == "call_function" and not node.users and schema is not None and not schema.is_mutable
+    return node.target is operator.getitem or (schema is not None and not schema.is_mutable)
 
 
 def normal_dims(dims: int | Sequence[int], rank: int) -> tuple[int, ...]:
@@ -87,20 +105,33 @@ def strides(sizes: Sequence[Expr]) -> Iterator[Expr]:
 
 
 def module_path(node: fx.Node) -> tuple[str, str]:
-    """Return the dotted path of the innermost module that ran the node, and its class name; '' for the root."""
+    """Return the dotted path of the innermost module that ran the node, and its class name.
+
+    The root's path is ''.
+    """
     stack = node.meta.get("nn_module_stack") or {}
     best, kind = "", ""
     for path, cls in stack.values():
         text = str(path)
         name = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", text)
-        name = re.sub(r"^(L|self|G)?\.?(self\.)?", "", name) if name.startswith(("L.", "L[", "self", "G")) else name
+        name = (
+            re.sub(r"^(L|self|G)?\.?(self\.)?", "", name)
+            if name.startswith(("L.", "L[", "self", "G"))
+            else name
+        )
         name = name.replace("_modules.", "").removeprefix("self.").strip(".")
-        best, kind = ("" if name == "self" else name), (cls if isinstance(cls, str) else getattr(cls, "__name__", str(cls)))
+        best, kind = (
+            ("" if name == "self" else name),
+            (cls if isinstance(cls, str) else getattr(cls, "__name__", str(cls))),
+        )
     return best, kind.rpartition(".")[2]
 
 
 def source_line(node: fx.Node) -> str:
-    """Return ``file.py:line`` of the user's code that called the op, '' if unknown.  Only the file's name is kept."""
+    """Return ``file.py:line`` of the user's code that called the op, '' if unknown.
+
+    Only the file's name is kept.
+    """
     trace = node.meta.get("stack_trace") or ""
     found = re.findall(r'File "([^"]+)", line (\d+)', trace)
     return f"{found[-1][0].rpartition('/')[2]}:{found[-1][1]}" if found else ""
@@ -111,5 +142,3 @@ def ratio_of_numbers(x: Any) -> float | None:
     if isinstance(x, bool) or not isinstance(x, int | float):
         return None
     return float(x) if not (isinstance(x, float) and math.isnan(x)) else None
-
-

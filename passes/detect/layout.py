@@ -1,7 +1,8 @@
-"""Recipes: how a canonical tensor (q ``[B, H, Sq, D]`` and so on) is made from a node of the user's graph by views.
+"""Recipes: how a canonical tensor is made from a node of the user's graph by views.
 
-A node's element at index ``(x0, x1, ..)``, where each ``x`` is a mixed-radix number of atoms (``h * 64 + d``), can be unflattened
-into its atoms, permuted and merged into roles.  The same read backwards turns the canonical output into the user's layout.
+A node's element at index ``(x0, x1, ..)``, where each ``x`` is a mixed-radix number of atoms (``h * 64 +
+d``), can be unflattened into its atoms, permuted and merged into roles. The same read backwards turns the
+canonical output into the user's layout.
 """
 
 from __future__ import annotations
@@ -19,15 +20,23 @@ from attnc.passes.detect.views import At
 class Recipe:
     """Views to apply to node ``source``: each a (name, argument) pair.
 
-    ``select``: (axis, position); ``slice``: (axis, start, end); ``reshape``, ``expand``: sizes; ``permute``: axes.
+    ``select``: (axis, position); ``slice``: (axis, start, end); ``reshape``, ``expand``: sizes; ``permute``:
+    axes.
     """
 
     source: str
     steps: tuple[tuple[str, tuple[object, ...]], ...]
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The node it is made from."""
+        return (self.source,)
+
 
 def digits(x: Expr) -> tuple[list[Expr], Expr] | None:
-    """Write a polynomial as (atoms from the most significant, offset) if it is a mixed-radix number of atoms, else None.
+    """Write a mixed-radix number of atoms as (atoms from the most significant, offset).
+
+    None for any other polynomial.
 
     Atoms are index generators; each weight must be the product of the sizes of the atoms below it.
     """
@@ -55,12 +64,17 @@ def digits(x: Expr) -> tuple[list[Expr], Expr] | None:
         pairs.remove(found)
         ordered.insert(0, found[0])
         below = E.mul(below, found[0].args[1])
-    base = E.add(ZERO, *(E.mul(E.integer(c), E.product(E.generator(g) for g in rest)) for rest, c in offset.items()))
+    base = E.add(
+        ZERO, *(E.mul(E.integer(c), E.product(E.generator(g) for g in rest)) for rest, c in offset.items())
+    )
     return ordered, base
 
 
 def atoms_of(at: At) -> list[Expr] | None:
-    """Return all atoms of an element's index, None if some axis is no mixed-radix number or an atom occurs twice."""
+    """Return all atoms of an element's index.
+
+    None if some axis is no mixed-radix number or an atom occurs twice.
+    """
     out: list[Expr] = []
     for x in at.index:
         d = digits(x)
@@ -76,10 +90,12 @@ def size_of(atoms: Sequence[Expr]) -> Expr:
 
 
 def to_roles(at: At, roles: Sequence[Sequence[Expr]], expand: bool = True) -> Recipe | None:
-    """Return how to make the tensor with one axis per role (each a group of atoms, most significant first) from a node.
+    """Return how to make the tensor with one axis per role from a node.
 
-    Atoms that the node does not have are broadcast: expanded to their size, or left at size 1 if ``expand`` is False (only
-    whole roles can be missing then).  None if the node cannot be brought there by views.
+    A role is a group of atoms, the most significant first.
+
+    Atoms that the node does not have are broadcast: expanded to their size, or left at size 1 if ``expand``
+    is False (only whole roles can be missing then). None if the node cannot be brought there by views.
     """
     steps: list[tuple[str, tuple[object, ...]]] = []
     have: list[Expr] = []
@@ -90,12 +106,15 @@ def to_roles(at: At, roles: Sequence[Sequence[Expr]], expand: bool = True) -> Re
         if d is None:
             return None
         atoms, base = d
+        total = size_of(atoms)
+        end = E.add(base, total)
+        if not E.nonneg(base) or E.nonneg(E.sub(end, E.add(n, ONE))):
+            return None  # outside of the tensor, as far as sizes tell
         if not atoms:
             steps.append(("select", (axis, base)))
             continue
-        total = size_of(atoms)
         if base != ZERO or total != n:
-            steps.append(("slice", (axis, base, E.add(base, total))))
+            steps.append(("slice", (axis, base, end)))
         have += atoms
         unflat += [a.args[1] for a in atoms]
         split = split or len(atoms) > 1
@@ -148,8 +167,13 @@ def _merge(
     return Recipe(at.node.name, tuple(steps))
 
 
-def from_roles(index: Sequence[Expr], roles: Sequence[Sequence[Expr]], sizes: Sequence[Expr], source: str) -> Recipe | None:
-    """Return how to turn the canonical output (one axis per role) into the layout whose element index is ``index``."""
+def from_roles(
+    index: Sequence[Expr], roles: Sequence[Sequence[Expr]], sizes: Sequence[Expr], source: str
+) -> Recipe | None:
+    """Return how to turn the canonical output into the layout whose element index is ``index``.
+
+    The canonical output has one axis per role.
+    """
     places = [digits(x) for x in index]
     if any(p is None or p[1] != ZERO for p in places):
         return None
@@ -168,4 +192,3 @@ def from_roles(index: Sequence[Expr], roles: Sequence[Sequence[Expr]], sizes: Se
     if [a.args[1] for a in target] != list(sizes):
         steps.append(("reshape", tuple(sizes)))
     return Recipe(source, tuple(steps))
-

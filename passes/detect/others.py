@@ -1,4 +1,4 @@
-"""Name what uses scores without a softmax: sigmoid or unnormalized attention, linear attention, products of products."""
+"""Name what uses scores without a softmax: sigmoid, unnormalized and linear attention, chains of products."""
 
 from __future__ import annotations
 
@@ -8,11 +8,21 @@ from attnc.ir import Miss
 from attnc.passes.detect.env import Env
 from attnc.passes.detect.graph import base_name, inputs
 
-_KNOWN = {"sigmoid": "sigmoid", "relu": "ReLU", "exp": "exponential", "softplus": "softplus", "gelu": "GELU", "silu": "SiLU"}
+_KNOWN = {
+    "sigmoid": "sigmoid",
+    "relu": "ReLU",
+    "exp": "exponential",
+    "softplus": "softplus",
+    "gelu": "GELU",
+    "silu": "SiLU",
+}
 
 
 def unnormalized(graph: fx.Graph, env: Env, taken: frozenset[str]) -> list[Miss]:
-    """Return a Miss for each contraction that consumes scores directly; ``taken`` are nodes of sites and other misses."""
+    """Return a Miss for each contraction that consumes scores directly.
+
+    ``taken`` are nodes of sites and other misses.
+    """
     out: list[Miss] = []
     for node in graph.nodes:
         c = env.scores_of(node)
@@ -26,9 +36,19 @@ def unnormalized(graph: fx.Graph, env: Env, taken: frozenset[str]) -> list[Miss]
                 continue
             via = next((_KNOWN[base_name(n)] for n in chain if base_name(n) in _KNOWN), None)
             if via is not None:
-                out.append(Miss("not-softmax", node.name, f"scores are weighted by a {via} and no softmax: not rewritten"))
+                out.append(
+                    Miss(
+                        "not-softmax",
+                        node.name,
+                        f"scores are weighted by a {via} and no softmax: not rewritten",
+                    )
+                )
             else:
-                out.append(Miss("linear-attention", node.name, "a contraction of two computed tensors is contracted again with no normalizer between: linear attention or a chain of products"))
+                why = (
+                    "a contraction of two computed tensors is contracted again with no normalizer between: "
+                    "linear attention or a chain of products"
+                )
+                out.append(Miss("linear-attention", node.name, why))
             break
     return out
 

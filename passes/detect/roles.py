@@ -1,7 +1,10 @@
-"""Name the atoms of a skeleton: batch, head, group, query, key, feature, value feature; choose where operands are read.
+"""Name the atoms of a skeleton, and choose where operands are read.
 
-Roles come from sets: an atom that K or V varies along is a batch atom, one that only Q varies along is the query or a group. Repeated keys
-(grouped heads) show as an atom that K reads through ``h // g``; the atom is split and the low digit is the group, whatever made the copies.
+Roles are batch, head, group, query, key, feature and value feature.
+
+Roles come from sets: an atom that K or V varies along is a batch atom, one that only Q varies along is the
+query or a group. Repeated keys (grouped heads) show as an atom that K reads through ``h // g``; the atom is
+split and the low digit is the group, whatever made the copies.
 """
 
 from __future__ import annotations
@@ -50,10 +53,11 @@ class Candidate:
     skipped: tuple[fx.Node, ...]
 
 
-def candidates(at: At, env: Env) -> tuple[list[Candidate], int]:
-    """Return the places along the chain of views and constant factors above an operand, and the first past all copies.
+def candidates(at: At, env: Env, factors: bool = True) -> tuple[list[Candidate], int]:
+    """Return the places along the chain of views above an operand, and which is the first past all copies.
 
-    The number is the position behind the last op that repeats elements or multiplies by a constant.
+    The number is the position behind the last op that repeats elements or, if ``factors`` says that they may
+    be passed, multiplies by a constant.
     """
     out, past = [Candidate(at, 1.0, ())], 0
     while len(out) < 40:
@@ -63,7 +67,7 @@ def candidates(at: At, env: Env) -> tuple[list[Candidate], int]:
             out.append(Candidate(step[0], last.factor, (*last.skipped, last.at.node)))
             past = len(out) - 1 if step[1] else past
             continue
-        scaled = _constant_factor(last.at, env)
+        scaled = _constant_factor(last.at, env) if factors else None
         if scaled is None:
             return out, past
         out.append(Candidate(scaled[0], last.factor * scaled[1], (*last.skipped, last.at.node)))
@@ -86,7 +90,7 @@ def _constant_factor(at: At, env: Env) -> tuple[At, float] | None:
 
 
 def splits(index: Iterable[Expr]) -> dict[Expr, Expr]:
-    """Return how index atoms must be cut so that ``x // m`` and ``x % m`` in ``index`` become atoms; empty if none must."""
+    """Return how atoms must be cut so that ``x // m`` and ``x % m`` in ``index`` become atoms."""
     out: dict[Expr, Expr] = {}
     for e in E.walk(tuple(index)):
         if e.op not in ("floordiv", "mod"):
@@ -122,45 +126,72 @@ def refine_all(s: Skeleton, by: dict[Expr, Expr]) -> None:
         return
     s.scores, s.q, s.k, s.v = (refine(x, by) for x in (s.scores, s.q, s.k, s.v))
     s.key = E.substitute(s.key, by)
+    s.features = tuple(a for f in s.features for a in _ordered(E.substitute(E.generator(f), by)))
     s.out = tuple(E.substitute(x, by) for x in s.out)
     s.weights = tuple(E.substitute(x, by) for x in s.weights)
     s.mods = [_refined_mod(m, by) for m in s.mods]
     s.sink = refine(s.sink, by) if s.sink else None
 
 
-def choose(s: Skeleton, env: Env) -> dict[str, Candidate] | Miss:
-    """Choose where q, k and v are read: behind the last copy or factor, at the first place that views can bring to roles.
+def choose(s: Skeleton, env: Env) -> dict[str, list[Candidate]] | Miss:
+    """Choose where q, k and v may be read: behind the last copy or factor if views lead from there.
 
-    Atoms of the skeleton are cut where that needs it.
+    Atoms of the skeleton are cut where that needs it.  Further places on the same chain follow the first.
     """
-    chosen: dict[str, Candidate] = {}
+    refine_all(s, _cuts_beside(s))
+    chosen: dict[str, list[Candidate]] = {}
     for name in ("k", "v", "q"):
         at: At = getattr(s, name)
-        places, past = candidates(at, env)
-        for c in (*places[past:], *reversed(places[:past])):
-            by: dict[Expr, Expr] = {}
-            index = c.at.index
-            for _ in range(4):
-                more = splits(index)
-                if not more:
-                    break
-                by = {**{a: E.substitute(x, more) for a, x in by.items()}, **more}
-                index = tuple(E.substitute(i, more) for i in index)
-            if all(digits(i) is not None for i in index):
+        every, past = candidates(at, env, factors=name != "v")
+        beyond = [c for c in every[past:] if env.usable(c.at.node)]
+        before = [c for c in reversed(every[:past]) if env.usable(c.at.node)]
+        for i, c in enumerate((*beyond, *before)):
+            by = _cuts(c.at.index)
+            if all(digits(E.substitute(x, by)) is not None for x in c.at.index):
                 refine_all(s, by)
-                chosen = {n: replace(x, at=refine(x.at, by)) for n, x in chosen.items()}
-                chosen[name] = replace(c, at=At(c.at.node, index))
+                chosen = {n: [replace(x, at=refine(x.at, by)) for x in cs] for n, cs in chosen.items()}
+                rest = beyond[i:] or [c]
+                chosen[name] = [replace(x, at=refine(x.at, by)) for x in rest]
                 break
         else:
-            return Miss("operand-layout", at.node.name, f"{name} is read at {list(at.index)}, which no view of its sources gives")
+            return Miss(
+                "operand-layout",
+                at.node.name,
+                f"{name} is read at {list(at.index)}, which no view of its sources gives",
+            )
     return chosen
 
 
-def assign(s: Skeleton, chosen: dict[str, Candidate]) -> Roles | Miss:
+def _cuts_beside(s: Skeleton) -> dict[Expr, Expr]:
+    """Return the cuts that tensors beside the scores need: batch and heads, where they are one axis of the scores.
+
+    Only atoms of the keys and values are cut, and never the keys' positions: a bias of blocks stays one.
+    """
+    shared = {*_atoms(s.k.index), *_atoms(s.v.index)} - set(_ordered(s.key)) - set(s.features)
+    places = [m.at for m in s.mods if isinstance(m, RawBias | RawGain | RawMask)] + [s.sink]
+    index = tuple(x for at in places if at is not None for x in at.index)
+    return {a: x for a, x in _cuts(index).items() if a in shared}
+
+
+def _cuts(index: Sequence[Expr]) -> dict[Expr, Expr]:
+    """Return the cuts of atoms that turn every ``x // m`` and ``x % m`` of an index into atoms."""
+    by: dict[Expr, Expr] = {}
+    for _ in range(4):
+        more = splits(index)
+        if not more:
+            break
+        by = {**{a: E.substitute(x, more) for a, x in by.items()}, **more}
+        index = tuple(E.substitute(i, more) for i in index)
+    return by
+
+
+def assign(s: Skeleton, chosen: dict[str, list[Candidate]]) -> Roles | Miss:
     """Give every atom its role from the index sets of the chosen operands."""
-    q, k, v = (_atoms(chosen[n].at.index) for n in "qkv")
+    q, k, v = (_atoms(chosen[n][0].at.index) for n in "qkv")
     key = _ordered(s.key)
-    feature = tuple(a for a in q if a in k and a in _feature_atoms(s))
+    feature = tuple(a for a in q if a in k and a in s.features)
+    if len(feature) < len(s.features):
+        return Miss("repeated-features", s.scores.node.name, "an operand is constant along a summed axis")
     anchor = [a for i, x in enumerate(s.weights) if i != s.anchor.dim for a in _ordered(x)]
     value = tuple(a for a in v if a not in anchor and a not in key)
     shared = [a for a in anchor if a in k or a in v]
@@ -169,22 +200,20 @@ def assign(s: Skeleton, chosen: dict[str, Candidate]) -> Roles | Miss:
         return Miss("query-reads-keys", s.scores.node.name, "the query side varies along the keys")
     stray = [a for a in (*q, *k) if a not in anchor and a not in key and a not in feature]
     if stray:
-        return Miss("operand-atoms", s.scores.node.name, f"an operand varies along {stray}, which the scores do not")
+        return Miss(
+            "operand-atoms", s.scores.node.name, f"an operand varies along {stray}, which the scores do not"
+        )
     query = _query(s, alone, key)
     group = tuple(a for a in alone if a not in query)
     head = tuple(shared[-1:]) if len(shared) > 1 or (shared and group) else ()
     return Roles(tuple(a for a in shared if a not in head), head, group, query, key, feature, value)
 
 
-def _feature_atoms(s: Skeleton) -> set[Expr]:
-    out = set(s.features)
-    for side in (s.q, s.k):
-        out |= {g for i in side.index for g in E.indices(i) if str(g.args[0]).startswith("e.")}
-    return out
-
-
 def _query(s: Skeleton, alone: Sequence[Expr], key: Atoms) -> Atoms:
-    """Pick the query among atoms that only Q has: what a mask compares with keys, else the one as long as the keys, else the last."""
+    """Pick the query among atoms that only Q has.
+
+    It is what a mask compares with keys, else the one as long as the keys, else the last.
+    """
     if not alone:
         return ()
     for m in s.mods:
@@ -212,5 +241,3 @@ def _atoms(index: Iterable[Expr]) -> list[Expr]:
 def _ordered(x: Expr) -> Atoms:
     d = digits(x)
     return tuple(d[0]) if d is not None else E.indices(x)
-
-

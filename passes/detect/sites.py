@@ -1,9 +1,11 @@
-"""Find attention sites: from a normalizer back to the scores contraction, forward to the value contraction, roles by sets.
+"""Find attention sites: from a normalizer back to the scores, forward to the values, roles by sets.
 
-One anchor at a time: (1) follow the weights to the contraction that sums the keys, and pull its operand back, which says what every axis of the weights is in
-the result; (2) peel the scores down to their contraction; (3) read the roles of the index atoms off the operands' index sets (summed = feature, on the
-key side = key, on both = batch, on the query side only = query or group); (4) choose where each operand is best read from.
-No step looks at the names of modules or at positions of axes.  Source: the project's detection notes, sections 3 to 6.
+One anchor at a time: (1) follow the weights to the contraction that sums the keys, and pull its operand back,
+which says what every axis of the weights is in the result; (2) peel the scores down to their contraction; (3)
+read the roles of the index atoms off the operands' index sets (summed = feature, on the key side = key, on
+both = batch, on the query side only = query or group); (4) choose where each operand is best read from. No
+step looks at the names of modules or at positions of axes. Source: the project's detection notes, sections 3
+to 6.
 """
 
 from __future__ import annotations
@@ -18,10 +20,18 @@ from attnc.expr import ONE, ZERO, Expr
 from attnc.ir import Miss, Scale
 from attnc.passes.detect.contraction import Contraction, contraction
 from attnc.passes.detect.env import Env, RawMod, step_into
-from attnc.passes.detect.graph import argument, base_name, op_name, shape, users
+from attnc.passes.detect.graph import (
+    argument,
+    base_name,
+    is_float_cast,
+    op_name,
+    shape,
+    tensor_of,
+    users,
+)
 from attnc.passes.detect.layout import digits
 from attnc.passes.detect.norms import NORM_FINDERS
-from attnc.passes.detect.norms.anchor import Anchor
+from attnc.passes.detect.norms.anchor import Anchor, source_of
 from attnc.passes.detect.scores import SCORE_PEELERS, views
 from attnc.passes.detect.scores.additive import additive
 from attnc.passes.detect.views import At, Index, stepped
@@ -31,7 +41,7 @@ log = logging.getLogger("attnc.detect")
 
 @dataclass
 class Skeleton:
-    """A site between anchor and contractions, in raw form: indices are in atoms, operands are not chosen yet."""
+    """A site in raw form: indices are in atoms, operands are not chosen yet."""
 
     anchor: Anchor
     values: Contraction
@@ -55,7 +65,10 @@ class Skeleton:
 
 
 def skeletons(graph: fx.Graph, env: Env) -> list[Skeleton | Miss]:
-    """Return a skeleton or a Miss for every normalizer of ``graph`` that touches a scores contraction, in node order."""
+    """Return a skeleton or a Miss for every normalizer of ``graph`` that touches a scores contraction.
+
+    They come in node order, one family of normalizers after the other.
+    """
     out: list[Skeleton | Miss] = []
     for finder in NORM_FINDERS:
         for anchor in finder(graph):
@@ -70,7 +83,10 @@ def _skeleton(anchor: Anchor, env: Env) -> Skeleton | Miss | None:
     if not env.carries(anchor.scores):
         if isinstance(forward, Miss) or env.pure(forward[0].lhs) or env.pure(forward[0].rhs):
             return None
-        why = "the weights are contracted with values, but what is normalized is no elementwise function of one contraction of two computed tensors"
+        why = (
+            "the weights are contracted with values, but what is normalized is no elementwise function of "
+            "one contraction of two computed tensors"
+        )
         return Miss("no-scores", anchor.weights.name, why)
     if isinstance(forward, Miss):
         return forward
@@ -81,15 +97,20 @@ def _skeleton(anchor: Anchor, env: Env) -> Skeleton | Miss | None:
     return _score_side(anchor, env, solved)
 
 
-# ---------------------------------------------------------------- forward: the weights to the value contraction
+# ---------------------------------------------------------------- forward: to the value contraction
 
-_CARRIERS = frozenset(
-    "view _unsafe_view reshape permute transpose t unsqueeze squeeze expand clone contiguous alias detach _to_copy to dropout slice type_as".split()
-)
+_CARRIER_NAMES = """
+view _unsafe_view reshape permute transpose t unsqueeze squeeze expand clone contiguous alias detach
+_to_copy to dropout slice type_as
+"""
+_CARRIERS = frozenset(_CARRIER_NAMES.split())
 
 
 def _value_contraction(anchor: Anchor) -> tuple[Contraction, list[fx.Node]] | Miss:
-    """Return the one contraction that the weights reach through views, casts and dropout, and the nodes on the way."""
+    """Return the one contraction that the weights reach, and the nodes on the way.
+
+    The way leads through views, casts and dropout only.
+    """
     reached: list[tuple[Contraction, list[fx.Node]]] = []
     stack: list[tuple[fx.Node, list[fx.Node]]] = [(anchor.weights, [])]
     while stack:
@@ -100,11 +121,21 @@ def _value_contraction(anchor: Anchor) -> tuple[Contraction, list[fx.Node]] | Mi
                 reached.append((c, path))
             elif base_name(u) in _CARRIERS and u.args[0] is node:
                 stack.append((u, [*path, u]))
+            elif base_name(u) == "native_dropout" and u.args[0] is node:
+                stack += [(kept, [*path, u, kept]) for kept in u.users if kept.args[1] == 0]
     if not reached:
-        return Miss("no-value-contraction", anchor.weights.name, "the weights reach no contraction with values")
+        return Miss(
+            "no-value-contraction", anchor.weights.name, "the weights reach no contraction with values"
+        )
     if len(reached) > 1:
-        return Miss("several-value-contractions", anchor.weights.name, f"the weights are contracted {len(reached)} times")
-    return reached[0]
+        why = f"the weights are contracted {len(reached)} times"
+        return Miss("several-value-contractions", anchor.weights.name, why)
+    values, path = reached[0]
+    if values.lhs is values.rhs:
+        return Miss("weights-squared", values.node.name, "the weights are contracted with themselves")
+    if values.base is not None or values.alpha != 1.0:
+        return Miss("values-added", values.node.name, "baddbmm scales the result or adds a tensor to it")
+    return values, path
 
 
 @dataclass
@@ -129,22 +160,36 @@ def _solve(anchor: Anchor, values: Contraction, path: list[fx.Node]) -> _Solved 
     solved = _Solved(values, (), ZERO, (), v, path)
     at = p
     while at.node is not anchor.weights:
-        if base_name(at.node) == "dropout" and argument(at.node, 2, "train") is not False:
-            solved.dropout, solved.dropout_node = float(argument(at.node, 1, "p")), at.node
-            at = At(at.node.args[0], at.index)  # type: ignore[arg-type]
+        drop = _active_dropout(at.node)
+        if drop is not None:
+            solved.dropout, solved.dropout_node = float(argument(drop, 1, "p")), drop
+            at = At(drop.args[0], at.index)  # type: ignore[arg-type]
             continue
         step = stepped(at)
         if step is not None:
             at = step[0]
-        elif base_name(at.node) in ("_to_copy", "to", "type_as"):
+        elif is_float_cast(at.node):
             at = At(at.node.args[0], at.index)  # type: ignore[arg-type]
         else:
-            return Miss("weights-edited", at.node.name, f"{op_name(at.node)} edits the weights before the values")
+            return Miss(
+                "weights-edited", at.node.name, f"{op_name(at.node)} edits the weights before the values"
+            )
     key = at.index[anchor.dim]
     read = digits(key)
-    if read is None or read[1] != ZERO or set(read[0]) != {g for x in fresh.values() for g in [E.only_index(x)] if g is not None}:
+    if (
+        read is None
+        or read[1] != ZERO
+        or set(read[0]) != {g for x in fresh.values() for g in [E.only_index(x)] if g is not None}
+    ):
         return Miss("keys-not-summed", name, "the value contraction does not sum exactly the normalized axis")
     return _name_axes(anchor, solved, at.index, key, out)
+
+
+def _active_dropout(node: fx.Node) -> fx.Node | None:
+    """Return the dropout in training mode that made ``node``, in either of its two forms."""
+    if op_name(node) == "py.getitem" and node.args[1] == 0 and base_name(node.args[0]) == "native_dropout":  # type: ignore[arg-type]
+        return node.args[0]  # type: ignore[return-value]
+    return node if base_name(node) == "dropout" and argument(node, 2, "train") is not False else None
 
 
 def _name_axes(anchor: Anchor, solved: _Solved, weights: Index, key: Expr, out: Index) -> _Solved | Miss:
@@ -160,19 +205,28 @@ def _name_axes(anchor: Anchor, solved: _Solved, weights: Index, key: Expr, out: 
         if single is not None and single.args[1] == n:
             by_out[single] = atom
             named.append(atom)
-        elif whole is not None and len(whole[0]) > 1 and whole[1] == ZERO:
+        elif whole is not None and whole[1] == ZERO:
             named.append(x)
         else:
             placed = _digit_of(x)
             if placed is None:
-                return Miss("weights-rearranged", anchor.weights.name, f"axis {i} of the weights is {x} of the result")
+                return Miss(
+                    "weights-rearranged", anchor.weights.name, f"axis {i} of the weights is {x} of the result"
+                )
             parts.setdefault(placed[0], []).append((atom, placed[1]))
             named.append(atom)
     for o, pieces in parts.items():
         by_out[o] = E.add(*(E.mul(atom, stride) for atom, stride in pieces))
+        known = digits(by_out[o])
+        if known is None or E.product(a.args[1] for a in known[0]) != o.args[1]:
+            return Miss("weights-rearranged", anchor.weights.name, f"{o} is not made of axes of the weights")
     for i, x in enumerate(weights):
         if i != anchor.dim and E.substitute(x, by_out) != named[i] and shape(anchor.weights)[i] != ONE:
-            return Miss("weights-rearranged", anchor.weights.name, f"axis {i} of the weights is not recovered from the result")
+            return Miss(
+                "weights-rearranged",
+                anchor.weights.name,
+                f"axis {i} of the weights is not recovered from the result",
+            )
     solved.weights, solved.key = tuple(named), key
     solved.out = tuple(E.substitute(x, by_out) for x in out)
     solved.v = At(solved.v.node, tuple(E.substitute(x, by_out) for x in solved.v.index))
@@ -203,7 +257,11 @@ def peel_scores(at: At, env: Env) -> tuple[At, list[RawMod], list[str], list[fx.
     while env.scores_of(at.node) is None:
         through.append(at.node)
         if not env.carries(at.node):
-            return Miss("no-scores", at.node.name, f"{op_name(at.node) or at.node.op} does not come from a contraction of two computed tensors")
+            return Miss(
+                "no-scores",
+                at.node.name,
+                f"{op_name(at.node) or at.node.op} does not come from a contraction of two computed tensors",
+            )
         for peeler in SCORE_PEELERS:
             step = peeler(at, env)
             if isinstance(step, Miss):
@@ -215,7 +273,11 @@ def peel_scores(at: At, env: Env) -> tuple[At, list[RawMod], list[str], list[fx.
                 at = step.rest
                 break
         else:
-            return Miss("score-step-unknown", at.node.name, f"{op_name(at.node)} between the scores and the softmax is not understood")
+            return Miss(
+                "score-step-unknown",
+                at.node.name,
+                f"{op_name(at.node)} between the scores and the softmax is not understood",
+            )
     return at, mods, trail, through
 
 
@@ -230,19 +292,42 @@ def _score_side(anchor: Anchor, env: Env, s: _Solved) -> Skeleton | Miss:
     on_key = set(E.indices(s.key))
     sides = [x for x in (lhs, rhs) if on_key & {g for i in x.index for g in E.indices(i)}]
     if len(sides) != 1 and on_key:
-        return Miss("no-key-side", at.node.name, "both or neither operand of the scores contraction vary along the keys")
+        return Miss(
+            "no-key-side",
+            at.node.name,
+            "both or neither operand of the scores contraction vary along the keys",
+        )
     k = sides[0] if on_key else rhs
     q = lhs if k is rhs else rhs
     interior = [*anchor.inner, *s.path, *through, at.node, s.values.node]
     features = tuple(g for x in fresh.values() if (g := E.only_index(x)) is not None)
-    out = Skeleton(anchor, s.values, at, q, k, s.v, s.key, s.out, s.values.node, mods, interior, trail, features, s.weights)
+    out = Skeleton(
+        anchor,
+        s.values,
+        at,
+        q,
+        k,
+        s.v,
+        s.key,
+        s.out,
+        s.values.node,
+        mods,
+        interior,
+        trail,
+        features,
+        s.weights,
+    )
     out.dropout, out.dropout_node = s.dropout, s.dropout_node
     if scores.alpha != 1.0:
         out.mods.insert(0, Scale(scores.alpha))
     if scores.base is not None:
         if scores.beta != 1.0:
             return Miss("scaled-addition", at.node.name, f"baddbmm adds {scores.beta:g} times a tensor")
-        out.mods[1 if scores.alpha != 1.0 else 0 : 0] = additive(step_into(at, scores.base), scores.base, env, 1)
+        base = additive(step_into(at, scores.base), scores.base, env, 1)
+        if isinstance(base, Miss):
+            return base
+        place = 1 if scores.alpha != 1.0 else 0
+        out.mods[place:place] = base
     missing = _sink(anchor, env, s)
     if isinstance(missing, Miss):
         return missing
@@ -250,23 +335,27 @@ def _score_side(anchor: Anchor, env: Env, s: _Solved) -> Skeleton | Miss:
     return _late_division(anchor, out)
 
 
-def _sink(anchor: Anchor, env: Env, s: _Solved) -> At | None | Miss:
+def _sink(anchor: Anchor, env: Env, s: _Solved) -> At | Miss | None:
     """Return the element beyond the keys that the values sum, if the softmax ran over exactly one more."""
     n, m = shape(anchor.scores)[anchor.dim], E.product(g.args[1] for g in E.indices(s.key))
     if n == m:
         return None
     if E.sub(n, m) != ONE:
-        return Miss("columns-dropped", anchor.weights.name, f"the softmax runs over {n} columns, the values over {m}")
+        return Miss(
+            "columns-dropped", anchor.weights.name, f"the softmax runs over {n} columns, the values over {m}"
+        )
     at = At(anchor.scores, tuple(m if i == anchor.dim else x for i, x in enumerate(s.weights)))
     while env.carries(at.node):
         if base_name(at.node) == "sub":
             return Miss("sink-edited", at.node.name, "the sink column is edited after it was appended")
         step = views.peel(at, env)
         if isinstance(step, Miss) or step is None:
-            return Miss("sink-not-found", at.node.name, "the extra softmax column does not come from a concatenation")
+            return Miss(
+                "sink-not-found", at.node.name, "the extra softmax column does not come from a concatenation"
+            )
         at = step.rest
-    while (step := stepped(at)) is not None:
-        at = step[0]
+    while (further := stepped(at)) is not None:
+        at = further[0]
     return at
 
 
@@ -274,26 +363,26 @@ def _late_division(anchor: Anchor, s: Skeleton) -> Skeleton | Miss:
     """Fold ``(weights @ v) / sum`` into the site when the divisor is the weights' own sum at the same row."""
     if anchor.denominator is None:
         return s
-    at_users = [u for u in users(s.values.node) if base_name(u) == "div"]
-    if len(at_users) != 1 or len(users(s.values.node)) != 1 or at_users[0].args[0] is not s.values.node:
-        return Miss("late-division", s.values.node.name, "the unnormalized weights are contracted, and the result is not divided once")
-    div = at_users[0]
-    at = At(div, s.out)
-    row = step_into(at, div.args[1])
-    through = []
-    while row.node is not anchor.denominator:
-        step = stepped(row)
-        if step is None:
-            return Miss("late-division", div.name, "the divisor is not the sum of these weights")
-        through.append(row.node)
-        row = step[0]
+    readers = users(s.values.node)
+    div = readers[0] if len(readers) == 1 else s.values.node
+    if base_name(div) != "div" or div.kwargs.get("rounding_mode") or div.args[0] is not s.values.node:
+        why = "the unnormalized weights are contracted, and the result is not divided once"
+        return Miss("late-division", s.values.node.name, why)
+    if not isinstance(div.args[1], fx.Node) or tensor_of(div.args[1]) is None:
+        return Miss(
+            "late-division", div.name, "the result is divided by a number, not by the sum of the weights"
+        )
+    row, through = source_of(step_into(At(div, s.out), div.args[1]))
+    if row.node is not anchor.denominator:
+        return Miss("late-division", div.name, "the divisor is not the sum of these weights")
     weights_index = [x for i, x in enumerate(s.weights) if i != anchor.dim]
     kept = len(row.index) == len(shape(anchor.weights))
     row_index = [x for i, x in enumerate(row.index) if not (kept and i == anchor.dim)]
     if row_index != weights_index or shape(div) != shape(s.values.node):
         return Miss("late-division", div.name, "the divisor's rows are not the weights' rows")
-    total = anchor.denominator if base_name(anchor.denominator) == "sum" else anchor.denominator.all_input_nodes[0]
-    s.interior += [div, *through, anchor.denominator, total]
+    whole = anchor.denominator
+    total = whole if base_name(whole) == "sum" else whole.all_input_nodes[0]
+    s.interior += [div, *through, whole, total]
     s.output = div
     s.trail.append("late-division")
     return s

@@ -1,7 +1,7 @@
 """Index maps of view-like ops: "what is this element?" asked of the input instead of the output.
 
-Every function takes the index of an element of the op's output and returns where that element lives in the op's input.  With that,
-layouts, packed projections, grouped heads and windows need no patterns.
+Every function takes the index of an element of the op's output and returns where that element lives in the
+op's input. With that, layouts, packed projections, grouped heads and windows need no patterns.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from attnc.expr import ONE, ZERO, Expr, add, as_int, exact_div, floordiv, integer, mod, mul, sub
+from attnc.expr import ONE, ZERO, Expr, add, as_int, exact_div, floordiv, integer, mod, mul, nonneg, sub
 from attnc.passes.detect.graph import (
     argument,
     base_name,
@@ -37,15 +37,22 @@ class At:
 
 
 def view(at: At) -> tuple[At, bool] | None:
-    """Return the element of the input that ``at`` reads, and whether the op repeats elements; None if it is no view."""
+    """Return the element of the input that ``at`` reads, and whether the op repeats elements.
+
+    None if it is no view.
+    """
     rule = _RULES.get(base_name(at.node))
-    if rule is None:
+    if rule is None or op_name(at.node) in _OTHER_BITS:
         return None
     src = at.node.args[0] if at.node.args else at.node.kwargs.get("self")
     if not isinstance(src, fx.Node) or tensor_of(src) is None:
         return None
     out = rule(at.node, src, at.index)
-    return None if out is None else (At(src, out), base_name(at.node) in _REPEATS and shape(src) != shape(at.node))
+    return (
+        None
+        if out is None
+        else (At(src, out), base_name(at.node) in _REPEATS and shape(src) != shape(at.node))
+    )
 
 
 def broadcast(index: Sequence[Expr], src: fx.Node) -> Index:
@@ -58,7 +65,8 @@ def broadcast(index: Sequence[Expr], src: fx.Node) -> Index:
 def reshape(index: Index, to: Sequence[Expr], frm: Sequence[Expr]) -> Index | None:
     """Map an index of shape ``to`` to one of shape ``frm`` with the same elements in row-major order.
 
-    The axes are cut into the shortest runs with equal products, so indices of untouched axes pass as they are.
+    The axes are cut into the shortest runs with equal products, so indices of untouched axes pass as they
+    are.
     """
     out: list[Expr] = []
     i = j = 0
@@ -107,7 +115,7 @@ def _within(index: Sequence[Expr], to: Sequence[Expr], frm: Sequence[Expr]) -> l
     return out
 
 
-# ---------------------------------------------------------------- rules: (node, source, index) -> index of source
+# ---------------------------------------------------------------- rules
 
 
 def _same(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
@@ -157,19 +165,32 @@ def _slice(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
     start, step = _number_or_node(argument(node, 2, "start") or 0), argument(node, 4, "step", 1)
     if start is None or not isinstance(step, int):
         return None
-    n = as_int(start)
-    if n is not None and n < 0:
-        start = add(start, shape(src)[d])
-    if n is None:
-        start = sub(shape(src)[d], shape(node)[d]) if argument(node, 3, "end") is None and step == 1 else start
-    if (m := as_int(start)) is not None and m < 0:
-        start = ZERO
-    return (*index[:d], add(start, mul(index[d], integer(step))), *index[d + 1 :])
+    if not nonneg(start) and argument(node, 3, "end") is None and step == 1:
+        start = sub(shape(src)[d], shape(node)[d])
+    elif not nonneg(start):
+        start = _from_the_start(start, shape(src)[d])
+        start = start if start is not None and nonneg(start) else None  # else torch cuts it off at 0
+    return None if start is None else (*index[:d], add(start, mul(index[d], integer(step))), *index[d + 1 :])
+
+
+def _from_the_start(at: Expr, n: Expr) -> Expr | None:
+    """Return a position in an axis of ``n`` elements, counted from its start; None if unsure.
+
+    A negative position counts from the end, and is cut off at the start.
+    """
+    if nonneg(at):
+        return at
+    if as_int(at) is None:
+        return None
+    at = add(at, n)
+    number = as_int(at)
+    return at if number is None or number >= 0 else ZERO
 
 
 def _narrow(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
     d = argument(node, 1, "dim") % len(index)
     start = _number_or_node(argument(node, 2, "start"))
+    start = None if start is None else _from_the_start(start, shape(src)[d])
     return None if start is None else (*index[:d], add(index[d], start), *index[d + 1 :])
 
 
@@ -177,17 +198,15 @@ def _select(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
     sizes = shape(src)
     d = argument(node, 1, "dim") % len(sizes)
     at = _number_or_node(argument(node, 2, "index"))
-    if at is None:
-        return None
-    n = as_int(at)
-    at = add(at, sizes[d]) if n is not None and n < 0 else at
-    return (*index[:d], at, *index[d:])
+    at = None if at is None else _from_the_start(at, sizes[d])
+    return None if at is None else (*index[:d], at, *index[d:])
 
 
 def _repeat(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
     sizes = shape(src)
     tail = index[len(index) - len(sizes) :]
-    return tuple(i if n == m else mod(i, n) for i, n, m in zip(tail, sizes, shape(node)[len(index) - len(sizes) :], strict=True))
+    repeated = shape(node)[len(index) - len(sizes) :]
+    return tuple(i if n == m else mod(i, n) for i, n, m in zip(tail, sizes, repeated, strict=True))
 
 
 def _repeat_interleave(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
@@ -205,8 +224,12 @@ def _dropout(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
 
 _Rule = Callable[[fx.Node, fx.Node, Index], Index | None]
 _RULES: dict[str, _Rule] = {
-    **dict.fromkeys(("clone", "contiguous", "alias", "detach", "lift_fresh_copy", "lift_fresh", "lift"), _same),
-    **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "view_copy"), _reshape),
+    **dict.fromkeys(
+        ("clone", "contiguous", "alias", "detach", "lift_fresh_copy", "lift_fresh", "lift"), _same
+    ),
+    **dict.fromkeys(
+        ("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "view_copy"), _reshape
+    ),
     **dict.fromkeys(("permute", "transpose", "t"), _permute),
     "unsqueeze": _unsqueeze,
     "expand": _expand,
@@ -218,15 +241,16 @@ _RULES: dict[str, _Rule] = {
     "repeat_interleave": _repeat_interleave,
     "dropout": _dropout,
 }
+_OTHER_BITS = frozenset({"view.dtype", "view_copy.dtype"})
 _REPEATS = frozenset({"expand", "expand_as", "repeat", "repeat_interleave"})
 
 
 def piece(at: At) -> At | None:
-    """Return the element of the tensor that was split, if ``at`` reads a ``getitem`` of split, chunk or unbind."""
+    """Return the element of the tensor that ``at`` reads a part of, by split, chunk or unbind."""
     if op_name(at.node) != "py.getitem":
         return None
     whole, position = at.node.args
-    if not isinstance(whole, fx.Node) or not isinstance(position, int):
+    if not isinstance(whole, fx.Node) or not isinstance(position, int) or position < 0:
         return None
     name = base_name(whole)
     src = whole.args[0] if whole.args else None
@@ -248,4 +272,3 @@ def stepped(at: At) -> tuple[At, bool] | None:
     """Follow one view or one piece; the flag says that elements repeat."""
     part = piece(at)
     return (part, False) if part is not None else view(at)
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,23 @@ from torch import fx
 from attnc import expr as E
 from attnc.editing import Builder, erase
 from attnc.errors import RewriteError
+from attnc.expr import Expr
 from attnc.ir import AttentionSpec, Miss
 from attnc.passes.detect.found import Computed, Found
+from attnc.passes.detect.graph import strides
+from attnc.passes.detect.layout import Recipe
 from attnc.passes.rewrite.predicates import emit
 from attnc.printer import parse
+from attnc.sizes import dim
 
 aten = torch.ops.aten
-_SWITCHES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode")
+_SWITCHES = (
+    "_set_grad_enabled",
+    "_enter_autocast",
+    "_exit_autocast",
+    "_enter_inference_mode",
+    "_exit_inference_mode",
+)
 
 
 class NoLinkError(Exception):
@@ -26,11 +36,14 @@ class NoLinkError(Exception):
 
 
 class Rewriter:
-    """Apply sites to one captured graph: ``graph`` is edited, ``work`` was detected on, ``links`` map names of the latter to the former."""
+    """Apply sites to one captured graph.
+
+    ``graph`` is edited, ``work`` was detected on, ``links`` map names of the latter to the former.
+    """
 
     def __init__(self, graph: fx.Graph, work: fx.Graph, links: Mapping[str, str]) -> None:
         self.graph, self.links = graph, links
-        self.nodes = {n.name: n for n in graph.nodes}
+        self.nodes: dict[str, fx.Node] = {n.name: n for n in graph.nodes}
         self.work = {n.name: n for n in work.nodes}
         self.build = Builder(graph)
         self.order = {n.name: i for i, n in enumerate(graph.nodes)}
@@ -50,22 +63,46 @@ class Rewriter:
     def blocked(self, found: Found) -> Miss | None:
         """Say why the site cannot be edited in the user's graph, None if it can."""
         site, anchor = found.match, found.anchor
+        recipes = (*found.operands.values(), *found.captured.values())
         try:
             out = self.resolve(site.output)
-            sources = [self.resolve(r.source) for r in found.operands.values()]
-            for r in found.captured.values():
-                sources += [self.resolve(n) for n in leaves(r)]
+            sources = [self.resolve(n) for r in recipes for n in leaves(r)]
         except NoLinkError as e:
-            return Miss("no-link", str(e), "the value has no counterpart in the captured graph (an in-place op wrote to it, or it lives in a sub-graph)")
+            why = (
+                "it has no counterpart in the captured graph: it is written in place, or lives in a sub-graph"
+            )
+            return Miss("no-link", str(e), why)
+        unknown = self._unknown_sizes(recipes, found.result, sources[0])
+        if unknown:
+            return Miss(
+                "size-not-known", anchor, f"size {unknown[0]} is no polynomial of sizes of the inputs"
+            )
         if any(s.name in self.order and self.order[s.name] >= self.order[out.name] for s in sources):
             return Miss("operand-after-output", anchor, "an operand is made after the site's output")
-        first = min((self.order[n] for w in site.region if (n := self.links.get(w)) in self.order), default=self.order[out.name])
+        first = min(
+            (self.order[n] for w in site.region if (n := self.links.get(w)) in self.order),
+            default=self.order[out.name],
+        )
         if any(first < i < self.order[out.name] for i in self.switches):
             return Miss("crosses-switch", anchor, "the site spans a change of grad mode or autocast")
         return None
 
-    def apply(self, found: Found, spec: AttentionSpec | None = None, stamp: Mapping[str, Any] | None = None) -> str:
-        """Replace the site's output by an ``attend`` node (with ``spec`` in place of the found one, if given).
+    def _unknown_sizes(
+        self, recipes: Sequence[Recipe | Computed], result: Recipe, near: fx.Node
+    ) -> list[Expr]:
+        """Return the sizes that the site needs and that nothing in the graph computes."""
+        wanted: list[tuple[Expr, fx.Node]] = [(n, near) for n in sizes_of(result)]
+        for r in recipes:
+            at = self.resolve(leaves(r)[0]) if leaves(r) else near
+            wanted += [(n, at) for n in sizes_of(r)]
+        return [n for n, at in wanted if not self.build.knows(n, at)]
+
+    def apply(
+        self, found: Found, spec: AttentionSpec | None = None, stamp: Mapping[str, Any] | None = None
+    ) -> str:
+        """Replace the site's output by an ``attend`` node.
+
+        ``spec``, if given, takes the place of the found one.
 
         Returns the name of the node that now holds the output's value.
 
@@ -77,13 +114,19 @@ class Rewriter:
         like = self.nodes.get(self.links.get(found.anchor, ""), out)
         b = self.build.before(out, stamp, like)
         q, k, v = (b.apply(self.resolve(found.operands[n].source), found.operands[n].steps) for n in "qkv")
-        captured = [self._captured(found.captured[o.name], q) for o in spec.captured if o.name in found.captured]
+        captured = [
+            self._captured(found.captured[o.name], q) for o in spec.captured if o.name in found.captured
+        ]
         node = b.call(torch.ops.attnc.attend.default, q, k, v, captured, str(spec))
         value = b.call(operator.getitem, node, 0)
         value = b.apply(value, found.result.steps)
-        want = out.meta["val"].dtype
-        if value.meta["val"].dtype != want:
-            value = b.call(aten.to.dtype, value, want)
+        was = out.meta["val"]
+        if value.meta["val"].dtype != was.dtype:
+            value = b.call(aten.to.dtype, value, was.dtype)
+        if _is_row_major(was) and not _is_row_major(value.meta["val"]):
+            value = b.call(
+                aten.clone.default, value, memory_format=torch.contiguous_format
+            )  # for later views
         out.replace_all_uses_with(value, propagate_meta=False)
         erase(self.graph, [out])
         self._assert_gone(found)
@@ -96,13 +139,37 @@ class Rewriter:
 
     def _assert_gone(self, found: Found) -> None:
         anchor = self.nodes.get(self.links.get(found.anchor, ""))
-        if anchor is not None and not anchor._erased and anchor is not self.nodes.get(self.links.get(found.match.output, "")):
+        if (
+            anchor is not None
+            and not anchor._erased
+            and anchor is not self.nodes.get(self.links.get(found.match.output, ""))
+        ):
             users = [u.name for u in anchor.users]
-            raise RewriteError(f"{found.match.site.id}: expected the old softmax {anchor.name} to be gone, found it used by {users}")
+            raise RewriteError(
+                f"{found.match.site.id}: expected the softmax {anchor.name} to be gone, found users {users}"
+            )
+
+
+def _is_row_major(t: torch.Tensor) -> bool:
+    """Say whether a fake tensor is contiguous, by its strides as polynomials.
+
+    Asking torch might add a guard.
+    """
+    sizes = tuple(map(dim, t.shape))
+    wanted = zip(sizes, map(dim, t.stride()), strides(sizes), strict=True)
+    return all(n == E.ONE or found == stride for n, found, stride in wanted)
+
+
+def sizes_of(r: Recipe | Computed) -> list[Expr]:
+    """Return the sizes and positions that building an operand takes."""
+    if isinstance(r, Recipe):
+        return [n for name, arg in r.steps if name != "permute" for n in arg if isinstance(n, Expr)]
+    sizes = [E.generator(g) for g in E.walk(r.value) if g.op in ("size", "opaque")]
+    return sizes + [a.args[1] for axis in r.axes for a in axis]
 
 
 def leaves(r: Any) -> list[str]:
-    """Return the names of the tensors that a captured operand is made from, in the working graph."""
+    """Return the names of the tensors that an operand is made from, in the working graph."""
     if isinstance(r, Computed):
         return [e.args[0] for e in E.loads(r.value)]
     return [r.source]

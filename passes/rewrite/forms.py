@@ -1,7 +1,8 @@
 """Forms: ways to run a site that a user may allow, and how a user says so.
 
-``forms`` is one form, a list, or a mapping from module-path patterns to either.  A form is an object (``SlidingWindow(window=256)``) or its text
-(``"sliding_window(window=256)"``).  The longest matching pattern rules a site.  Bad values raise at once.
+``forms`` is one form, a list, or a mapping from module-path patterns to either. A form is an object
+(``SlidingWindow(window=256)``) or its text (``"sliding_window(window=256)"``). The longest matching pattern
+rules a site. Bad values raise at once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from attnc.passes.rewrite.sparse.sliding_window import SlidingWindow
 
 
 class Form(Protocol):
-    """A way to run a site.  Subclasses are frozen dataclasses whose fields are the options of their text form."""
+    """A way to run a site.
+
+    Subclasses are frozen dataclasses whose fields are the options of their text form.
+    """
 
     @property
     def name(self) -> str:
@@ -51,7 +55,10 @@ class Forms:
     rules: tuple[tuple[str, tuple[Any, ...]], ...]
 
     def at(self, module: str) -> tuple[Any, ...]:
-        """Return the forms for a site in ``module``: those of the longest pattern that matches, none if none does."""
+        """Return the forms for a site in ``module``.
+
+        They are those of the longest pattern that matches, none if none does.
+        """
         matching = [(len(p), fs) for p, fs in self.rules if _matches(p, module)]
         return max(matching, key=lambda t: t[0])[1] if matching else ()
 
@@ -68,22 +75,32 @@ class Forms:
         for pattern, _ in self.rules:
             if pattern != "*" and not any(_matches(pattern, m) for m in modules):
                 known = ", ".join(sorted(set(modules))) or "none: no attention was found"
-                raise RewriteError(f"forms: expected a pattern that matches a site, found {pattern!r}; the sites are: {known}")
+                raise RewriteError(
+                    f"forms: expected a pattern that matches a site, found {pattern!r}; there are: {known}"
+                )
 
     def to_plan(self) -> dict[str, list[dict[str, Any]]]:
         """Return the forms as plain data that ``parse_forms`` reads back."""
-        return {p: [{"form": f.name, **{x.name: getattr(f, x.name) for x in fields(f)}} for f in fs] for p, fs in self.rules}
+        return {
+            p: [{"form": f.name, **{x.name: getattr(f, x.name) for x in fields(f)}} for f in fs]
+            for p, fs in self.rules
+        }
 
 
 def _matches(pattern: str, module: str) -> bool:
-    return fnmatch.fnmatchcase(module, pattern) or module == pattern or module.startswith(pattern.rstrip("*").rstrip(".") + ".")
+    return (
+        fnmatch.fnmatchcase(module, pattern)
+        or module == pattern
+        or module.startswith(pattern.rstrip("*").rstrip(".") + ".")
+    )
 
 
 def parse_forms(value: Any) -> Forms:
     """Return what a user wrote as ``Forms``.
 
     Raises:
-        RewriteError: an unknown form name or option, or a bad value; the message says what was expected and found.
+        RewriteError: an unknown form name or option, or a bad value; the message says what was expected and
+            found.
     """
     if isinstance(value, Forms):
         return value
@@ -96,12 +113,13 @@ def parse_forms(value: Any) -> Forms:
 
 
 def _several(value: Any, where: str) -> tuple[Any, ...]:
+    """Read one form or a list of them; an empty list leaves the sites as they are."""
     items = list(value) if isinstance(value, list | tuple) else [value]
     forms = tuple(_one(item, where) for item in items)
     names = [f.name for f in forms]
     if len(set(names)) < len(names):
         raise RewriteError(f"forms for {where!r}: expected each form once, found {names}")
-    return forms if any(not isinstance(f, W8A8) for f in forms) else (Fused(), *forms)
+    return (Fused(), *forms) if forms and all(isinstance(f, W8A8) for f in forms) else forms
 
 
 def _one(item: Any, where: str) -> Any:
@@ -112,7 +130,9 @@ def _one(item: Any, where: str) -> Any:
     elif isinstance(item, Mapping) and isinstance(item.get("form"), str):
         name, options = item["form"], {k: v for k, v in item.items() if k != "form"}
     else:
-        raise RewriteError(f"forms for {where!r}: expected a form, its text or a mapping with 'form', found {item!r}")
+        raise RewriteError(
+            f"forms for {where!r}: expected a form, its text or a mapping with 'form', found {item!r}"
+        )
     kind = FORMS.get(name.replace("-", "_").lower())
     if kind is None:
         raise RewriteError(f"forms for {where!r}: expected one of {', '.join(FORMS)}, found {name!r}")
@@ -127,16 +147,23 @@ def _one(item: Any, where: str) -> Any:
 
 
 def _parse_text(text: str, where: str) -> tuple[str, dict[str, Any]]:
-    """Read ``name`` or ``name(option=literal, ..)``."""
+    """Read ``name`` or ``name(option=literal, ..)``; the name may be written with dashes."""
+    name, bracket, options = text.strip().partition("(")
     try:
-        tree = ast.parse(text.strip().replace("-", "_") if "(" not in text else text.strip(), mode="eval").body
-    except SyntaxError:
+        tree: ast.expr | None = ast.parse(name.replace("-", "_") + bracket + options, mode="eval").body
+    except (SyntaxError, ValueError):
         tree = None
     if isinstance(tree, ast.Name):
         return tree.id, {}
-    if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and not tree.args and all(k.arg for k in tree.keywords):
+    if (
+        isinstance(tree, ast.Call)
+        and isinstance(tree.func, ast.Name)
+        and not tree.args
+        and all(k.arg for k in tree.keywords)
+    ):
         try:
             return tree.func.id, {str(k.arg): ast.literal_eval(k.value) for k in tree.keywords}
-        except ValueError:
+        except (ValueError, TypeError):
             pass
-    raise RewriteError(f"forms for {where!r}: expected text such as 'fused' or 'sliding_window(window=256, sinks=4)', found {text!r}")
+    example = "'fused' or 'sliding_window(window=256, sinks=4)'"
+    raise RewriteError(f"forms for {where!r}: expected text such as {example}, found {text!r}")

@@ -18,16 +18,26 @@ aten = torch.ops.aten
 Resolve = Callable[[str], fx.Node]
 
 
-def emit(c: Computed, build: Builder, resolve: Resolve, work: Mapping[str, fx.Node], device: torch.device) -> fx.Node:
-    """Return the node of ``c.value``; ``resolve`` maps names of the working graph to nodes of the edited one."""
+def emit(
+    c: Computed, build: Builder, resolve: Resolve, work: Mapping[str, fx.Node], device: torch.device
+) -> fx.Node:
+    """Return the node of ``c.value``.
+
+    ``resolve`` maps names of the working graph to nodes of the edited one.
+    """
     out = _Emitter(c, build, resolve, work, device).predicate(c.value)
-    used = set(E.indices(c.value))
-    sizes = [size_of(a) if used & set(a) else E.ONE for a in c.axes]
-    return out if len(c.axes) == 4 else build.expand(out, [size_of(a) for a in c.axes]) if sizes else out
+    return out if len(c.axes) == 4 else build.expand(out, [size_of(a) for a in c.axes])
 
 
 class _Emitter:
-    def __init__(self, c: Computed, build: Builder, resolve: Resolve, work: Mapping[str, fx.Node], device: torch.device) -> None:
+    """Emit one condition.
+
+    Every number and predicate has one axis per role, of size 1 where it does not vary.
+    """
+
+    def __init__(
+        self, c: Computed, build: Builder, resolve: Resolve, work: Mapping[str, fx.Node], device: torch.device
+    ) -> None:
         self.axes, self.build, self.resolve, self.work, self.device = c.axes, build, resolve, work, device
 
     def predicate(self, e: Expr) -> fx.Node:
@@ -42,29 +52,36 @@ class _Emitter:
         if e.op == "not":
             inner = e.args[0]
             if inner.op == "eq0":
-                return self._compare(inner.args[0], aten.ne.Scalar, aten.ne.Tensor)
+                return self._compare(inner.args[0], aten.ne.Scalar)
             return call(aten.bitwise_not.default, self.predicate(inner))
         if e.op == "le0":
-            return self._compare(e.args[0], aten.le.Scalar, aten.le.Tensor)
+            return self._compare(e.args[0], aten.le.Scalar)
         if e.op == "eq0":
-            return self._compare(e.args[0], aten.eq.Scalar, aten.eq.Tensor)
+            return self._compare(e.args[0], aten.eq.Scalar)
         if e.op == "load":
             return self._load(e)
         if e.op in ("true", "false"):
-            return call(aten.full.default, [1] * len(self.axes), e.op == "true", dtype=torch.bool, device=self.device)
+            return call(
+                aten.full.default, [1] * len(self.axes), e.op == "true", dtype=torch.bool, device=self.device
+            )
         raise AssertionError(f"a {e.op} is no predicate that can be emitted")
 
     def _load(self, e: Expr) -> fx.Node:
         at = At(self.work[e.args[0]], e.args[1])
-        recipe = to_roles(at, self.axes, expand=False) or to_roles(at, self.axes)
+        recipe = to_roles(at, self.axes, expand=False)
+        recipe = to_roles(at, self.axes) if recipe is None else recipe
         assert recipe is not None, f"{e} was accepted by detection, but has no recipe"
         return self.build.apply(self.resolve(recipe.source), recipe.steps)
 
-    def _compare(self, p: Expr, scalar: Callable[..., object], tensor: Callable[..., object]) -> fx.Node:
+    def _whole(self, x: fx.Node) -> fx.Node:
+        """Return a tensor of whole numbers as int64, so that differences neither wrap nor lose a sign."""
+        return x if x.meta["val"].dtype == torch.int64 else self.build.call(aten.to.dtype, x, torch.int64)
+
+    def _compare(self, p: Expr, target: Callable[..., object]) -> fx.Node:
         """Emit ``p <op> 0``, as ``terms <op> -constant``."""
         const = sum(c for m, c in E.terms(p) if not m)
         rest = E.sub(p, E.integer(const))
-        return self.build.call(scalar, self.number(rest), -const)
+        return self.build.call(target, self.number(rest), -const)
 
     def number(self, p: Expr) -> fx.Node:
         """Emit an integer polynomial that varies along some axis."""
@@ -79,7 +96,8 @@ class _Emitter:
             part = self._generator(varying[0])
             for g in varying[1:]:
                 part = call(aten.mul.Tensor, part, self._generator(g))
-            factor = self.build.size(E.mul(E.integer(c), E.product(E.generator(g) for g in mono if g not in varying)))
+            fixed = E.product(E.generator(g) for g in mono if g not in varying)
+            factor = self.build.size(E.mul(E.integer(c), fixed))
             if factor != 1:
                 part = call(aten.mul.Scalar, part, factor)
             total = part if total is None else call(aten.add.Tensor, total, part)
@@ -88,7 +106,7 @@ class _Emitter:
 
     def _generator(self, g: Expr) -> fx.Node:
         if g.op == "load":
-            return self._load(g)
+            return self._whole(self._load(g))
         axis = next(i for i, atoms in enumerate(self.axes) if g in atoms)
         atoms = self.axes[axis]
         call, size = self.build.call, self.build.size

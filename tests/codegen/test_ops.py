@@ -15,8 +15,12 @@ B, H, HKV, SQ, SK, D, DV = 2, 4, 2, 5, 7, 8, 6
 MIN = torch.finfo(torch.float32).min
 
 
+SCALED = (Scale(0.35),)
+NONE = Full()
+
+
 def make_spec(
-    dtype: torch.dtype = torch.float64, *, scores=(Scale(0.35),), mask: Mask = Full(), **rest
+    dtype: torch.dtype = torch.float64, *, scores=SCALED, mask: Mask = NONE, **rest
 ) -> AttentionSpec:
     group = rest.pop("group", 2)
     q = Operand("q", "bhqd", ("b", HKV * group, "s", D), dtype)
@@ -155,7 +159,7 @@ def test_grouped_keys_and_values_are_not_expanded() -> None:
     ):
         execute(spec, q, k, v)
     most = max(e.cpu_memory_usage for e in seen.events())
-    # the scores [B, 32, 1, 512] and the mask are the largest things made; expanded keys would be D times the scores
+    # the scores [B, 32, 1, 512] and the mask are the largest things made; expanded keys are D times those
     assert most <= 2 * B * 32 * 512 * 8
 
 

@@ -1,8 +1,9 @@
-"""Lift a derived condition to a predicate: bands and ranges from its integer comparisons, padding and dense from its loads.
+"""Lift a derived condition to a predicate: bands and ranges from comparisons, the rest from loads.
 
-The condition is a tree of ``p <= 0``, ``p == 0``, loads and connectives over canonical positions.  A comparison of ``q - k`` with a constant (or with a constant
-plus ``Sk - Sq``) is a band; of ``k`` or ``q`` alone a range.  What reads tensors at (b, k) only is padding; whatever is left is dense, and is
-kept as it is: nothing is assumed about it.  Source: the project's detection notes, section 4.
+The condition is a tree of ``p <= 0``, ``p == 0``, loads and connectives over canonical positions. A
+comparison of ``q - k`` with a constant (or with a constant plus ``Sk - Sq``) is a band; of ``k`` or ``q``
+alone a range. What reads tensors at (b, k) only is padding; whatever is left is dense, and is kept as it is:
+nothing is assumed about it. Source: the project's detection notes, section 4.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from attnc.expr import Expr
 
 @dataclass(frozen=True, slots=True)
 class Lifted:
-    """A predicate, and for each operand name that it mentions the condition to compute and its axes (``bk``, ``bq``, ``bhqk``)."""
+    """A predicate, and for each operand that it names the condition to compute and its axes.
+
+    Axes are ``bk``, ``bq`` or ``bhqk``.
+    """
 
     mask: M.Mask
     operands: tuple[tuple[str, str, Expr], ...]
@@ -58,7 +62,11 @@ def lift(keep: Expr, at: Positions, first_name: int) -> Lifted:
         if c.op == "not" and c.args[0].op in ("and", "or"):
             return M.Not(go(c.args[0]))
         axes = _axes_read(c, at)
-        return M.Padding(name(axes, c), "k" if axes == "bk" else "q") if axes in ("bk", "bq") else M.Dense(name("bhqk", c))
+        return (
+            M.Padding(name(axes, c), "k" if axes == "bk" else "q")
+            if axes in ("bk", "bq")
+            else M.Dense(name("bhqk", c))
+        )
 
     def _gathered(parts: Sequence[Expr], join: object) -> M.Mask:
         """Lift parts one by one; those that end as data on the same axes become one operand."""
@@ -76,10 +84,27 @@ def lift(keep: Expr, at: Positions, first_name: int) -> Lifted:
         for ps in data.values():
             whole = combine(*ps)
             axes = _axes_read(whole, at)
-            done.append(M.Padding(name(axes, whole), "k" if axes == "bk" else "q") if axes in ("bk", "bq") else M.Dense(name("bhqk", whole)))
+            done.append(
+                M.Padding(name(axes, whole), "k" if axes == "bk" else "q")
+                if axes in ("bk", "bq")
+                else M.Dense(name("bhqk", whole))
+            )
         return join(*done)  # type: ignore[operator, no-any-return]
 
-    return Lifted(go(keep), tuple(operands))
+    return Lifted(_aligned(go(keep), at), tuple(operands))
+
+
+def _aligned(mask: M.Mask, at: Positions) -> M.Mask:
+    """Write a band that ends at the last key for the last query as aligned there, where lengths are fixed."""
+    gap = E.as_int(E.sub(at.sk, at.sq))
+    if isinstance(mask, M.And | M.Or):
+        return type(mask)(tuple(_aligned(p, at) for p in mask.parts))
+    if isinstance(mask, M.Not):
+        return M.Not(_aligned(mask.part, at))
+    ends = isinstance(mask, M.Band) and mask.align == "start" and gap and mask.right == gap
+    if ends and isinstance(mask, M.Band):
+        return M.Band(None if mask.left is None else mask.left + gap, 0, "end")
+    return mask
 
 
 def _axes_read(c: Expr, at: Positions) -> str:
@@ -92,7 +117,10 @@ def _axes_read(c: Expr, at: Positions) -> str:
 
 
 def _closed(c: Expr, at: Positions) -> M.Mask | None:
-    """Return a comparison as a band or a range, a connective of such as a tree; None if data is read or the form is unknown."""
+    """Return a comparison as a band or a range, a connective of such as a tree.
+
+    None if data is read or the form is unknown.
+    """
     if c == E.TRUE:
         return M.Full()
     if c.op in ("and", "or"):

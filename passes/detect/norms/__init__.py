@@ -1,4 +1,7 @@
-"""Normalizer anchors: where a detection starts.  Each file finds one family; order matters only for reports."""
+"""Normalizer anchors: where a detection starts.
+
+Each file finds one family; order matters only for reports.
+"""
 
 from __future__ import annotations
 

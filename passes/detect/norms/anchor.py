@@ -1,4 +1,4 @@
-"""What a normalizer finder returns."""
+"""What a normalizer finder returns, and what finders share."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from attnc.expr import ONE, ZERO, index, indices
 from attnc.ir import Softmax
-from attnc.passes.detect.graph import argument, base_name, normal_dims, op_name, shape
-
-VIEWS = frozenset({"unsqueeze", "view", "expand", "clone", "_to_copy", "reshape"})
+from attnc.passes.detect.env import step_into
+from attnc.passes.detect.graph import argument, base_name, is_float_cast, op_name, shape, tensor_of
+from attnc.passes.detect.views import At, Index, stepped
 
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
     """A normalizer: ``weights`` = norm over axis ``dim`` of ``scores`` (same shape).
 
-    With ``denominator`` set the weights are not divided yet: the value contraction's result is divided by that node later.
-    ``inner`` are the nodes between scores and weights, weights included.
+    With ``denominator`` set the weights are not divided yet: the value contraction's result is divided by
+    that node later. ``inner`` are the nodes between scores and weights, weights included.
     """
 
     weights: fx.Node
@@ -28,23 +29,48 @@ class Anchor:
     denominator: fx.Node | None = None
 
 
+def anywhere(node: fx.Node) -> Index:
+    """Return the index of any element of a node: one fresh index variable per axis that is longer than 1."""
+    return tuple(ZERO if n == ONE else index(f"n{i}", n) for i, n in enumerate(shape(node)))
+
+
+def source_of(at: At) -> tuple[At, tuple[fx.Node, ...]]:
+    """Follow an element back through views, casts and the first result of a pair.
+
+    Returns where it ends and the nodes passed.
+    """
+    passed: list[fx.Node] = []
+    while True:
+        step = stepped(at)
+        if step is not None:
+            following = step[0]
+        elif is_float_cast(at.node):
+            following = step_into(at, at.node.args[0])
+        elif (
+            op_name(at.node) == "py.getitem" and at.node.args[1] == 0 and isinstance(at.node.args[0], fx.Node)
+        ):
+            following = At(at.node.args[0], at.index)
+        else:
+            return at, tuple(passed)
+        passed.append(at.node)
+        at = following
+
+
 def without_row_maximum(src: fx.Node, dim: int) -> tuple[fx.Node, tuple[fx.Node, ...]]:
-    """Return ``s`` for ``s - max(s)`` with the maximum taken over the normalized axis, else the node itself."""
-    if base_name(src) != "sub" or src.kwargs.get("alpha", 1) != 1:
+    """Return ``s`` and the nodes passed for ``s - m``, ``m`` a maximum of ``s``; else the node itself.
+
+    ``m`` must be the same along the normalized axis, whichever axes the maximum was taken over.
+    """
+    if base_name(src) != "sub" or argument(src, 2, "alpha", 1) != 1:
         return src, ()
-    s, m = src.args
-    through: list[fx.Node] = [src]
-    while isinstance(m, fx.Node) and base_name(m) in VIEWS | {"detach"}:
-        through.append(m)
-        m = m.args[0]
-    if isinstance(m, fx.Node) and op_name(m) == "py.getitem" and m.args[1] == 0:
-        through.append(m)
-        m = m.args[0]
-    if not isinstance(m, fx.Node) or not isinstance(s, fx.Node) or m.args[0] is not s:
+    s, m = src.args[:2]
+    if not isinstance(s, fx.Node) or not isinstance(m, fx.Node) or tensor_of(m) is None:
         return src, ()
-    name, dims = base_name(m), argument(m, 1, "dim")
-    if name not in ("amax", "max") or dims is None or dims == []:
+    here = anywhere(src)
+    found, passed = source_of(step_into(At(src, here), m))
+    if base_name(found.node) not in ("amax", "max") or found.node.args[0] is not s or shape(s) != shape(src):
         return src, ()
-    if normal_dims(dims, len(shape(s))) != (dim,) or not argument(m, 2, "keepdim", False):
+    along = set(indices(here[dim]))
+    if any(along & set(indices(x)) for x in found.index):
         return src, ()
-    return s, (*through, m)
+    return s, (src, *passed, found.node)

@@ -1,4 +1,4 @@
-"""Anchors that are a softmax op: ``softmax.int``, ``_softmax``, ``_safe_softmax``, and ``exp(log_softmax)``."""
+"""Anchors that are a softmax op, whole or as ``exp(log_softmax)``."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ def find(graph: fx.Graph) -> list[Anchor]:
         if t is None or t.dim() < 2:
             continue
         dim = argument(node, 1, "dim") % len(shape(src))
-        weights, inner = node, (node,)
+        weights, inner = node, [node]
         if "log" in base_name(node):
             exps = [u for u in node.users if base_name(u) == "exp"]
             if len(exps) != 1:
                 continue
-            weights, inner = exps[0], (node, exps[0])
-        dtype = argument(node, 2, "dtype") if not base_name(node).startswith("_") or "safe" in base_name(node) else None
+            weights, inner = exps[0], [node, exps[0]]
+        typed = not base_name(node).startswith("_") or "safe" in base_name(node)
+        dtype = argument(node, 2, "dtype") if typed else None
         upcast = dtype in (torch.float32, torch.float64) and t.dtype != dtype
         scores, peeled = without_row_maximum(src, dim)
         norm = Softmax(None, upcast, base_name(node) == "_safe_softmax")

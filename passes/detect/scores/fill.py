@@ -6,9 +6,9 @@ from torch import fx
 
 from attnc import expr as E
 from attnc.ir import Miss
+from attnc.passes.detect.arithmetic import rounded, to_bool
 from attnc.passes.detect.env import Env, Peeled, RawMask, step_into
 from attnc.passes.detect.graph import base_name, tensor_of
-from attnc.passes.detect.pull import to_bool
 from attnc.passes.detect.scores.additive import HIDES
 from attnc.passes.detect.views import At
 
@@ -27,12 +27,15 @@ def peel(at: At, env: Env) -> Peeled | Miss | None:
         keeps = False
     else:
         return None
-    fill = env.scalar(value)
-    if fill is None or not fill <= HIDES:
-        return Miss("fill-not-hiding", at.node.name, f"masked scores get {fill if fill is not None else 'a tensor'}, expected <= {HIDES:g} or -inf")
+    fill, t = env.scalar(value), tensor_of(at.node)
+    if fill is None or t is None or not fill <= HIDES:
+        got = fill if fill is not None else "a tensor"
+        return Miss(
+            "fill-not-hiding", at.node.name, f"masked scores get {got}, expected <= {HIDES:g} or -inf"
+        )
     there = step_into(at, cond)
     derived = env.derive(there)
     condition = to_bool(derived) if derived is not None else E.load(there.node.name, there.index, "bool")
     keep = condition if keeps else E.not_(condition)
-    mods = () if keep == E.TRUE else (RawMask(keep, fill, "replace", there),)
-    return Peeled(mods, step_into(at, scores), "fill")
+    mask = RawMask(keep, rounded(fill, t.dtype), "replace", there, 1 if keeps else -1)
+    return Peeled(() if keep == E.TRUE else (mask,), step_into(at, scores), "fill")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+from torch import fx
+
 from attnc.ir import Miss, Scale
 from attnc.passes.detect.env import Env, Peeled, RawGain, step_into
-from attnc.passes.detect.graph import base_name
+from attnc.passes.detect.graph import base_name, tensor_of
 from attnc.passes.detect.views import At
 
 
@@ -22,8 +26,14 @@ def peel(at: At, env: Env) -> Peeled | Miss | None:
     factor = env.scalar(side)
     if name != "mul" and side is at.node.args[0]:
         return Miss("reciprocal-of-scores", at.node.name, "the scores are a divisor")
+    if factor is None and (not isinstance(side, fx.Node) or tensor_of(side) is None):
+        return Miss(
+            "symbolic-number", at.node.name, "the scores are multiplied by a number that depends on sizes"
+        )
     if factor is None:
         return Peeled((RawGain(step_into(at, side), name != "mul"),), step_into(at, scores), "gain")
     if name != "mul" and factor == 0:
         return Miss("division-by-zero", at.node.name, "the scores are divided by zero")
+    if not math.isfinite(factor):
+        return Miss("scale-not-finite", at.node.name, f"the scores are multiplied or divided by {factor}")
     return Peeled((Scale(factor if name == "mul" else 1.0 / factor),), step_into(at, scores), "scale")

@@ -1,9 +1,9 @@
 """Peel logit soft-capping, ``cap * tanh(scores / cap)``.
 
-Any ``a * tanh(b * x)`` is a soft cap: it equals ``Softcap(a)`` after ``Scale(a * b)``, because
-``a * tanh(b * x) == a * tanh((a * b * x) / a)``.  So a scale folded into the divisor, a reciprocal multiply, and either
-operand order all reach the same spec.  A bare ``tanh`` is a cap of 1.
-Source: Gemma 2 report, section 2 (arXiv:2408.00118).
+Any ``a * tanh(b * x)`` is a soft cap: it equals ``Softcap(a)`` after ``Scale(a * b)``, because ``a * tanh(b *
+x) == a * tanh((a * b * x) / a)``. So a scale folded into the divisor, a reciprocal multiply, and either
+operand order all reach the same spec. A bare ``tanh`` is a cap of 1. Source: Gemma 2 report, section 2
+(arXiv:2408.00118).
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ def peel(at: At, env: Env) -> Peeled | Miss | None:
         return Miss("softcap-sign", at.node.name, f"the tanh is multiplied by {cap:g}; a cap must be > 0")
     inner, scores = _split_constant(step_into(tanh, tanh.node.args[0]), env)
     scale = () if cap * inner == 1.0 else (Scale(cap * inner),)
-    through = tuple(n for n in (tanh.node, tanh.node.args[0]) if isinstance(n, fx.Node) and n is not scores.node and n is not at.node)
+    through = tuple(
+        n
+        for n in (tanh.node, tanh.node.args[0])
+        if isinstance(n, fx.Node) and n is not scores.node and n is not at.node
+    )
     return Peeled((*scale, Softcap(cap)), scores, "softcap", through)
 
 
@@ -37,6 +41,10 @@ def _split_constant(at: At, env: Env) -> tuple[float, At]:
     a, b = at.node.args[:2]
     for number, other in ((b, a), (a, b)):
         factor = env.scalar(number)
-        if factor is not None and isinstance(other, fx.Node) and (name == "mul" or (number is b and factor != 0)):
+        if (
+            factor is not None
+            and isinstance(other, fx.Node)
+            and (name == "mul" or (number is b and factor != 0))
+        ):
             return (factor if name == "mul" else 1.0 / factor), step_into(at, other)
     return 1.0, at

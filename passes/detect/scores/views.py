@@ -5,7 +5,7 @@ from __future__ import annotations
 from attnc import expr as E
 from attnc.ir import Miss
 from attnc.passes.detect.env import Env, Peeled, step_into
-from attnc.passes.detect.graph import argument, base_name, shape, tensor_of
+from attnc.passes.detect.graph import argument, base_name, is_float_cast, shape
 from attnc.passes.detect.views import At, stepped
 
 
@@ -14,12 +14,9 @@ def peel(at: At, env: Env) -> Peeled | Miss | None:
     step = stepped(at)
     if step is not None:
         return Peeled((), step[0], "view")
-    name = base_name(at.node)
-    if name in ("_to_copy", "to", "type_as"):
-        t, src = tensor_of(at.node), at.node.args[0]
-        if t is not None and t.dtype.is_floating_point:
-            return Peeled((), step_into(at, src), "cast")
-    return _part(at) if name == "cat" else None
+    if is_float_cast(at.node):
+        return Peeled((), step_into(at, at.node.args[0]), "cast")
+    return _part(at) if base_name(at.node) == "cat" else None
 
 
 def _part(at: At) -> Peeled | Miss | None:

@@ -9,14 +9,46 @@ from torch import fx
 from attnc.passes.detect.found import Found
 from attnc.passes.detect.graph import base_name, users
 
-_STOP = frozenset({"softmax", "_softmax", "matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention", "embedding", "layer_norm", "native_layer_norm"})
-_THROUGH = frozenset("view _unsafe_view reshape permute transpose clone contiguous _to_copy to dropout unsqueeze squeeze slice flatten alias".split())
+_STOP = frozenset(
+    {
+        "softmax",
+        "_softmax",
+        "matmul",
+        "bmm",
+        "baddbmm",
+        "einsum",
+        "scaled_dot_product_attention",
+        "embedding",
+        "layer_norm",
+        "native_layer_norm",
+    }
+)
+_THROUGH = frozenset(
+    [
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "permute",
+        "transpose",
+        "clone",
+        "contiguous",
+        "_to_copy",
+        "to",
+        "dropout",
+        "unsqueeze",
+        "squeeze",
+        "slice",
+        "flatten",
+        "alias",
+    ]
+)
 
 
 def projections(work: fx.Graph, found: Found, fqn: Mapping[str, str]) -> list[str]:
     """Return the module paths of the linear layers around ``found``, operands' first.
 
-    ``fqn`` maps weight inputs of ``work`` to parameter names; layers whose weight has no name ``<path>.weight`` are left out.
+    ``fqn`` maps weight inputs of ``work`` to parameter names; layers whose weight has no name
+    ``<path>.weight`` are left out.
     """
     nodes = {n.name: n for n in work.nodes}
     out: dict[str, None] = {}

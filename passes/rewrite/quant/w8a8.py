@@ -1,7 +1,10 @@
-"""W8A8 linear layers: int8 weights per output channel, int8 activations per row, chosen at run time.  BOUNDED.
+"""W8A8 linear layers: int8 weights per output channel, int8 activations per row, chosen at run time.
 
-Each product is off by at most half a step of either scale times the other side's sum of magnitudes (forms/quantized, section 0.1); there is no knob
-but which layers take part.  Source: dynamic quantization as in LLM.int8() without outliers (arXiv:2208.07339, section 2), symmetric.
+BOUNDED.
+
+Each product is off by at most half a step of either scale times the other side's sum of magnitudes
+(forms/quantized, section 0.1); there is no knob but which layers take part.  Source: dynamic quantization as
+in LLM.int8() without outliers (arXiv:2208.07339, section 2), symmetric.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ from attnc.ir import AttentionSpec, Contract, Miss
 
 @dataclass(frozen=True, slots=True)
 class W8A8:
-    """Quantize the linear layers that feed and follow attention sites (``scope="projections"``), or ``"all"`` of the model.
+    """Quantize the linear layers that feed and follow attention sites.
+
+    (``scope="projections"``), or ``"all"`` of the model.
 
     Raises:
         RewriteError: another scope.

@@ -107,6 +107,10 @@ def test_zero_and_tiny_rows() -> None:
     y = layer(x)
     assert torch.equal(y[0], layer.bias)
     assert torch.isfinite(y).all()
+    codes, scale = module.quantize_rows(x)
+    assert codes[:, 0].tolist() == [0, 0, 127]
+    assert torch.isfinite(scale.reciprocal()).all()
+    assert ((x - codes * scale).abs() <= scale / 2 * (1 + 1e-3)).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -49,7 +49,7 @@ def test_swap_changes_the_clone_only() -> None:
 
 def test_nothing_is_swapped_when_one_name_is_wrong() -> None:
     model = Block()
-    with pytest.raises(RewriteError, match="'b.7'.*a, b.0.*no such module"):
+    with pytest.raises(RewriteError, match=r"'b\.7'.*a, b\.0.*no such module"):
         quantize_modules(model, ["a", "b.7"])
     assert type(model.a) is nn.Linear
 
@@ -70,7 +70,7 @@ def test_subclasses_are_refused() -> None:
 def test_tied_weights_are_refused() -> None:
     model = nn.ModuleDict({"emb": nn.Embedding(10, 4), "head": nn.Linear(4, 10), "free": nn.Linear(4, 4)})
     model["head"].weight = model["emb"].weight
-    with pytest.raises(RewriteError, match="tied to emb.weight"):
+    with pytest.raises(RewriteError, match=r"tied to emb\.weight"):
         quantize_modules(model, ["head"])
     assert quantize_modules(model, ["free"]) == ["free"]
 

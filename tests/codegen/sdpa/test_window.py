@@ -45,7 +45,7 @@ def operands(b, h, hk, sq, sk, d, dv, seed=0, dtype=torch.float32) -> list[torch
 
 
 def close(got, q, k, v, keep, scale=None, empty="zero") -> None:
-    """Compare with float64: a convex sum of values, whose weights err by the error of the scores in the dtype."""
+    """Compare with float64: a convex sum of values, whose weights err as the scores do."""
     want = dense(q.double(), k.double(), v.double(), keep, scale, empty)
     assert torch.equal(got.isnan(), want.isnan())
     u = torch.finfo(q.dtype).eps
@@ -151,6 +151,13 @@ def test_a_row_that_sees_nothing_has_no_gradient(monkeypatch, empty: str) -> Non
     assert all(g.isfinite().all() for g in grads)
     assert (grads[0][0, 0, blind] == 0).all()
     assert (grads[2][0, 0, 50:150] == 0).all()
+
+
+def test_no_row_of_a_mask_is_all_minus_infinity() -> None:
+    keep = torch.tensor([[True, False], [False, False]])
+    mask, hidden = module._float_mask(keep, torch.float32, True)
+    assert mask.tolist() == [[0.0, -float("inf")], [0.0, 0.0]]
+    assert hidden.tolist() == [[False], [True]]
 
 
 def test_blocks_view_keys_without_copying_them() -> None:

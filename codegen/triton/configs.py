@@ -1,0 +1,146 @@
+"""Choose tiles, warps and stages by architecture, head size and dtype; keep them within shared memory.
+
+The table holds the largest tiles that ``attnc.codegen.triton.aot`` found to compile without spills over
+causal, padded, windowed and biased kernels, so first use needs no search.  Speed was not measured.  One
+exception: fp32 with head sizes above 64 on NVIDIA spills under a run-time mask, because exact fp32
+products do not run on tensor cores.  The usual 128x64 tile with 4 warps spills everywhere and is not here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, replace
+
+import torch
+
+from attnc.codegen.triton.inputs import name_inputs
+from attnc.ir import AttentionSpec
+from attnc.masks import CAUSAL, Band, Full
+
+SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+"""Bytes of shared memory that one block may use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Queries and keys per tile, warps per program, and stages of the load pipeline."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+    def __str__(self) -> str:
+        return str(astuple(self))
+
+
+INTERPRETER = Config(32, 32, 1, 1)
+
+_HALF = {
+    32: {
+        "sm_80": Config(128, 64, 8, 3),
+        "sm_86": Config(128, 64, 8, 3),
+        "sm_90": Config(128, 64, 8, 3),
+        "sm_100": Config(128, 64, 8, 3),
+        "gfx942": Config(128, 32, 4, 2),
+    },
+    64: {
+        "sm_80": Config(128, 64, 8, 3),
+        "sm_86": Config(128, 64, 8, 3),
+        "sm_90": Config(128, 64, 8, 3),
+        "sm_100": Config(128, 32, 8, 3),
+        "gfx942": Config(128, 32, 4, 2),
+    },
+    128: {
+        "sm_80": Config(128, 32, 8, 3),
+        "sm_86": Config(128, 32, 8, 2),
+        "sm_90": Config(128, 32, 8, 3),
+        "sm_100": Config(128, 64, 8, 3),
+        "gfx942": Config(64, 32, 4, 2),
+    },
+    256: {
+        "sm_80": Config(64, 32, 8, 2),
+        "sm_86": Config(64, 32, 8, 2),
+        "sm_90": Config(128, 32, 8, 1),
+        "sm_100": Config(64, 64, 8, 2),
+        "gfx942": Config(64, 32, 4, 1),
+    },
+}
+_LIGHT = {
+    128: {"sm_80": Config(128, 64, 8, 2), "sm_90": Config(128, 128, 8, 2), "sm_100": Config(128, 128, 8, 2)}
+}
+"""Without a mask, or causal, with nothing else to load and no padded head size there are registers left."""
+_FLOAT = {
+    32: Config(64, 32, 4, 2),
+    64: Config(32, 32, 8, 2),
+    128: Config(32, 16, 8, 1),
+    256: Config(16, 16, 8, 1),
+}
+_FLOAT_AMD = {
+    32: Config(64, 32, 4, 2),
+    64: Config(64, 32, 4, 2),
+    128: Config(32, 32, 4, 2),
+    256: Config(16, 32, 4, 1),
+}
+
+
+def padded(size: int) -> int:
+    """Return the head size as the kernel's tiles have it: the next power of two, at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def choose(spec: AttentionSpec) -> dict[str, Config]:
+    """Return one config per architecture for this spec, and the interpreter's."""
+    wide = max(head_sizes(spec))
+    table = {arch: _fit(spec, arch, _pick(spec, arch, wide)) for arch in SHARED_LIMIT}
+    return {**table, "interpreter": INTERPRETER}
+
+
+def head_sizes(spec: AttentionSpec) -> tuple[int, int]:
+    """Return the padded head sizes of keys and of values; they must be numbers."""
+    dqk, dv = spec.q.shape[3], spec.v.shape[3]
+    assert isinstance(dqk, int), f"expected a fixed head size, found {dqk}"
+    assert isinstance(dv, int), f"expected a fixed head size, found {dv}"
+    return padded(dqk), padded(dv)
+
+
+def _pick(spec: AttentionSpec, arch: str, wide: int) -> Config:
+    size = max(32, wide)
+    if spec.q.dtype == torch.float32:
+        config = (_FLOAT_AMD if arch.startswith("gfx") else _FLOAT)[size]
+        return replace(config, block_m=config.block_m // 2) if _loads_tiles(spec) and size == 32 else config
+    return (_LIGHT.get(size, {}).get(arch) if _is_light(spec) else None) or _HALF[size][arch]
+
+
+def _is_light(spec: AttentionSpec) -> bool:
+    band = spec.mask if isinstance(spec.mask, Band) else CAUSAL
+    known = isinstance(spec.mask, Full | Band) and band.left is None
+    unpadded = head_sizes(spec) == (spec.q.shape[3], spec.v.shape[3])
+    return known and unpadded and not any(x.per_tile for x in name_inputs(spec))
+
+
+def _loads_tiles(spec: AttentionSpec) -> bool:
+    """Say whether a captured tensor has a value for every pair of query and key."""
+    return any(x.per_tile and "q" in x.axes for x in name_inputs(spec))
+
+
+def _fit(spec: AttentionSpec, arch: str, config: Config) -> Config:
+    """Drop stages, then halve the keys per tile, until the estimate is within the limit."""
+    while shared_bytes(spec, arch, config) > SHARED_LIMIT[arch] and config.block_n > 16:
+        if config.stages > 1:
+            config = replace(config, stages=config.stages - 1)
+        else:
+            config = replace(config, block_n=config.block_n // 2)
+    return config
+
+
+def shared_bytes(spec: AttentionSpec, arch: str, config: Config) -> int:
+    """Estimate shared memory in bytes: tiles of K, V and captured tensors in flight, one of Q or weights."""
+    d, e = head_sizes(spec)
+    item = spec.q.dtype.itemsize
+    tile = config.block_m * config.block_n
+    pairs = (x for x in name_inputs(spec) if x.per_tile and "q" in x.axes)
+    captured = sum(tile * x.operand.dtype.itemsize for x in pairs)
+    flight = item * config.block_n * (d + e) + captured
+    if arch.startswith("gfx"):
+        return max(config.stages - 1, 1) * flight + item * tile
+    return config.stages * flight + item * config.block_m * d

@@ -1,0 +1,136 @@
+"""Emit a fused forward kernel from a spec: one complete, readable Python file over torch and triton.
+
+What varies between specs is computed here as text and set into the named holes of ``templates/fwd.py.j2``.
+The same spec gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+from attnc import logs
+from attnc.codegen.triton.canonical import canonical
+from attnc.codegen.triton.configs import Config, choose
+from attnc.codegen.triton.holes import fill_holes
+from attnc.codegen.triton.inputs import FLOATS, problem
+from attnc.errors import CodegenError, UnsupportedError
+from attnc.ir import AttentionSpec, Bias, Gain, Kernel, Miss, Plan, Scale, Softcap, Softmax
+from attnc.masks import And, Band, Dense, Full, Mask, Not, Or, Padding, Range
+from attnc.printer import parse
+
+MAX_HEAD = 256
+log = logs.get("codegen")
+
+
+def can_run(what: Plan | AttentionSpec) -> Miss | None:
+    """Return why no kernel can be emitted for a plan or a spec, or None."""
+    spec, node = (what.spec, what.match.output) if isinstance(what, Plan) else (what, what.q.name)
+    for code, why in _obstacles(spec):
+        return Miss(code, node, f"triton: {why}")
+    return None
+
+
+def _obstacles(spec: AttentionSpec) -> list[tuple[str, str]]:
+    out = []
+    dims = (spec.q.shape[3], spec.k.shape[3], spec.v.shape[3])
+    if not all(isinstance(d, int) and 0 < d <= MAX_HEAD for d in dims) or dims[0] != dims[1]:
+        out.append(("head-size", f"expected fixed head sizes of 1 to {MAX_HEAD}, found {dims}"))
+    dtypes = {x.dtype for x in (spec.q, spec.k, spec.v)}
+    if len(dtypes) != 1 or not dtypes <= set(FLOATS):
+        found = ", ".join(sorted(map(str, dtypes)))
+        out.append(("dtype", f"expected q, k, v all in float16, bfloat16 or float32, found {found}"))
+    if spec.dropout:
+        out.append(("dropout", f"expected dropout 0, found {spec.dropout}"))
+    if not all(isinstance(s, Scale | Softcap | Bias | Gain) for s in spec.scores):
+        out.append(
+            ("score-step", f"expected scale, softcap, bias or gain, found {' '.join(map(str, spec.scores))}")
+        )
+    if not isinstance(spec.norm, Softmax):
+        out.append(("normalizer", f"expected softmax, found {spec.norm}"))
+    if not _known(spec.mask):
+        out.append(
+            ("mask-kind", f"expected a mask of band, range, padding and dense parts, found {spec.mask}")
+        )
+    why = problem(spec)
+    return [*out, *([("captured", why)] if why else [])]
+
+
+def _known(mask: Mask) -> bool:
+    if isinstance(mask, And | Or):
+        return all(map(_known, mask.parts))
+    if isinstance(mask, Not):
+        return _known(mask.part)
+    return isinstance(mask, Full | Band | Range | Padding | Dense)
+
+
+def emit(spec: AttentionSpec, *, name: str = "site_0", configs: dict[str, Config] | None = None) -> Kernel:
+    """Return the kernel of ``spec`` as a complete file called ``name``.py.
+
+    Specs that differ only in names and in sizes no kernel depends on give the same file and the same key.
+    ``configs`` replaces entries of the default table, per architecture (``sm_80``, ``sm_86``, ``sm_90``,
+    ``sm_100``, ``gfx942``, ``interpreter``).
+
+    Raises:
+        UnsupportedError: ``can_run`` has a reason against it.
+        CodegenError: the name is not an identifier.
+    """
+    if not name.isidentifier():
+        raise CodegenError(f"emit: expected a Python identifier as the kernel's name, found {name!r}")
+    miss = can_run(spec)
+    if miss:
+        raise UnsupportedError(f"{miss.why} (in {spec})")
+    own = canonical(spec)
+    holes = fill_holes(own, {**choose(own), **(configs or {})})
+    text = _render(holes, key="", kernel="kernel")
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Kernel(name, _render(holes, key=key, kernel=f"{name}_kernel"), key)
+
+
+def emit_all(specs: Sequence[AttentionSpec | str]) -> list[Kernel]:
+    """Return one kernel per different computation among ``specs`` or their texts: site_0, site_1, ..
+
+    Raises:
+        UnsupportedError: there are no specs, or none that a kernel can serve; each reason is given once.
+    """
+    kernels: dict[str, Kernel] = {}
+    reasons: dict[str, None] = {}
+    for given in specs:
+        spec = parse(given) if isinstance(given, str) else given
+        miss = can_run(spec)
+        if miss is None:
+            kernel = emit(spec, name=f"site_{len(kernels)}")
+            kernels.setdefault(kernel.key, kernel)
+        else:
+            log.warning("no kernel for %s: %s", spec, miss.why)
+            reasons[miss.why] = None
+    if not kernels:
+        raise UnsupportedError(
+            f"emit: expected a site that a kernel can serve, found none: {'; '.join(reasons) or 'no sites'}"
+        )
+    return list(kernels.values())
+
+
+def spec_of(source: str) -> AttentionSpec:
+    """Return the spec that an emitted file names in its header.
+
+    Raises:
+        CodegenError: the text has no such line.
+    """
+    found = re.search(r"^spec    (attn .*)$", source, re.MULTILINE)
+    if not found:
+        raise CodegenError("expected an emitted kernel with a line 'spec    attn ..', found none")
+    return parse(found[1])
+
+
+def _render(holes: dict[str, Any], **more: str) -> str:
+    import jinja2
+
+    text = resources.files("attnc.codegen.triton").joinpath("templates/fwd.py.j2").read_text(encoding="utf-8")
+    env = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    return env.from_string(text).render(**holes, **more)

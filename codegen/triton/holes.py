@@ -1,0 +1,253 @@
+"""Compute what varies between emitted files: the text in each named hole of ``templates/fwd.py.j2``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from attnc.codegen.triton import tiles
+from attnc.codegen.triton.configs import Config, head_sizes
+from attnc.codegen.triton.inputs import Input, name_inputs
+from attnc.codegen.triton.steps import (
+    LEAST,
+    LOG2E,
+    fill_text,
+    has_softcap,
+    kernel_steps,
+    overflows,
+    reference_fill,
+    reference_steps,
+    wide_biases,
+)
+from attnc.ir import AttentionSpec, Bias
+from attnc.masks import Full, Mask
+
+CASES = ((1, 1, 1, 1), (2, 2, 33, 17), (1, 2, 17, 65), (2, 1, 65, 65), (1, 2, 300, 300), (2, 2, 129, 513))
+"""Batch, key/value heads, Sq and Sk of the self-test; the interpreter runs the first four."""
+_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.bool: "u8"}
+_AXES = {"b": "B", "h": "H", "q": "Sq", "k": "Sk"}
+_ROLES = {
+    "bias": "added to the scores",
+    "gain": "multiplies the scores",
+    "valid": "bool, tokens that count",
+    "seen": "bool, pairs that count",
+    "sink": "one logit per head, in the denominator only",
+}
+
+
+def fill_holes(spec: AttentionSpec, configs: dict[str, Config]) -> dict[str, Any]:
+    """Return the value of every named hole of the template, for a canonical spec."""
+    inputs = name_inputs(spec)
+    return {
+        "spec": str(spec),
+        "dtype": str(spec.q.dtype).removeprefix("torch."),
+        "group": spec.group_size,
+        "kv_head": f"h // {spec.group_size}" if spec.group_size > 1 else "h",
+        "configs": [(arch, str(config)) for arch, config in configs.items()],
+        **_head_holes(spec),
+        **_input_holes(spec, inputs),
+        **_score_holes(spec, inputs),
+        **_loop_holes(spec, inputs),
+        **_softmax_holes(spec, inputs),
+    }
+
+
+def _head_holes(spec: AttentionSpec) -> dict[str, Any]:
+    """Return sizes, and bounds where a head size is padded to a power of two."""
+    dqk, dv = spec.q.shape[3], spec.v.shape[3]
+    block_d, block_e = head_sizes(spec)
+    d = f" & (d < {dqk})[None, :]" if block_d != dqk else ""
+    e = f" & (e < {dv})[None, :]" if block_e != dv else ""
+    return {
+        "dqk": dqk,
+        "dv": dv,
+        "block_d": block_d,
+        "block_e": block_e,
+        "q_mask": f"(rows < sq)[:, None]{d}",
+        "out_mask": f"(rows < sq)[:, None]{e}",
+        "k_masked": f"inside[:, None]{d}",
+        "v_masked": f"inside[:, None]{e}",
+        "k_full": f", mask={d.removeprefix(' & ')}, other=0.0" if d else "",
+        "v_full": f", mask={e.removeprefix(' & ')}, other=0.0" if e else "",
+        # the default would be tf32, off by 3e-4
+        "precision": ', input_precision="ieee"' if spec.q.dtype == torch.float32 else "",
+    }
+
+
+def _input_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any]:
+    """Return parameters, arguments, and samples for the self-test."""
+    tensors = [o.name for o in spec.captured]  # canonical names are those of the launcher
+    strides = [s for x in inputs for s in x.strides()]
+    main = [f"{t}_{a}" for t, axes in (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd")) for a in axes]
+    tail = ["heads, sq, sk,", "UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,"]
+    pointers = ["q_ptr", "k_ptr", "v_ptr", *(f"{x.name}_ptr" for x in inputs), "out_ptr", "lse_ptr"]
+    rows = [
+        _row(pointers),
+        *(_row(main[i : i + 4]) for i in (0, 4, 8)),
+        *([_row(strides)] if strides else []),
+    ]
+    names = ["q", "k", "v", *tensors]
+    passed = ["q", "k", "v", *(x.name for x in inputs), "out", "lse"]
+    more = [_row(list(x.stride_values())) for x in inputs if x.axes]
+    square = any(x.tensor != x.name for x in inputs)  # a tensor over tokens, read for queries and for keys
+    return {
+        "cases": [(b, h, max(sq, sk), max(sq, sk)) if square else (b, h, sq, sk) for b, h, sq, sk in CASES],
+        "kernel_params": [*rows, *tail],
+        "launch_args": [_row(passed), "*q.stride(), *k.stride(), *v.stride(),", *more, "heads, sq, sk,"],
+        "signature": ", ".join(names),
+        "arguments": ", ".join(names),
+        "tensors": [{"line": _describe(x)} for x in inputs],
+        "inputs": [_input(x) for x in inputs],
+        "samples": [_sample(next((x for x in inputs if x.tensor == t), None)) for t in tensors],
+        "blanks": [line for at, t in enumerate(tensors) for line in _blank(spec, inputs, t, at + 3)],
+    }
+
+
+def _row(names: list[str]) -> str:
+    return ", ".join(names) + ","
+
+
+def _describe(x: Input) -> str:
+    layout = (
+        "[H]" if x.layout == "h" else f"[{', '.join(_AXES[a] if a in x.axes else '1' for a in x.layout)}]"
+    )
+    return f"{x.tensor} {layout}: {_ROLES[x.role]}."
+
+
+def _input(x: Input) -> dict[str, Any]:
+    keys: dict[str, Any] = {
+        "name": x.name,
+        "tensor": x.tensor,
+        "base": x.base(),
+        "target": x.target(),
+        "is_bool": x.is_bool,
+    }
+    keys["where"] = x.where()
+    return {**keys, "masked": x.load(masked=True), "full": x.load(masked=False)}
+
+
+def _sample(x: Input | None) -> str:
+    if x is None:
+        return "torch.zeros(1)"
+    shape = x.target()
+    if x.is_bool:
+        return f"torch.rand{shape} < 0.7".replace("(", "(", 1).replace(")", ", generator=g)", 1)
+    dtype = str(x.operand.dtype)
+    draw = f"torch.randn{shape}".replace(",)", ")").removesuffix(")") + ", generator=g)"
+    return f"{draw}.to({dtype})" if x.role != "gain" else f"(1 + 0.3 * {draw}).to({dtype})"
+
+
+def _blank(spec: AttentionSpec, inputs: tuple[Input, ...], tensor: str, at: int) -> list[str]:
+    """Return the line that makes a sample hide whole rows: a mask, or a bias that stands for one."""
+    x = next((x for x in inputs if x.tensor == tensor), None)
+    if x is not None and x.is_bool:
+        return [f"tensors[{at}][..., :1, :] = False"]
+    subtracted = x is not None and any(isinstance(s, Bias) and s.sign < 0 for s in spec.scores)
+    if x is None or x.role != "bias" or "q" not in x.axes or subtracted:
+        return []
+    least = f"torch.finfo({x.operand.dtype}).min"
+    return [f"tensors[{at}][..., :1, :] = {least}", f'tensors[{at}][..., 1:2, :] = float("-inf")']
+
+
+def _score_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any]:
+    """Return the score steps, and the loads that they need in each tile or once."""
+    scoring = [x for x in inputs if x.role in ("bias", "gain")]
+    return {
+        "tanh": has_softcap(spec),
+        "exact_tanh": spec.q.dtype == torch.float32,
+        "two_log2e": repr(2 * LOG2E),
+        "steps": kernel_steps(spec.scores, inputs),
+        "step_loads": [_input(x) for x in scoring if x.per_tile],
+        "early_loads": [_input(x) for x in inputs if not x.per_tile and x.role != "sink"],
+        "reference_steps": reference_steps(spec.scores, inputs),
+    }
+
+
+def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any]:
+    """Return the mask, the loops over keys, and what a tile is given."""
+    masked = not isinstance(spec.mask, Full)
+    given = ["acc, l, m, q, first, n,", "k_at, k_n, k_d, v_at, v_n, v_d,"]
+    extra = [t for x in inputs if x.role != "sink" for t in _tile_terms(x)]
+    given += [_row(extra)] if extra else []
+    given.append("sq, sk,")
+
+    def call(needs_mask: bool) -> list[str]:
+        last = f"MASKED={needs_mask}, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,"
+        return ["acc, l, m = _tile(", *(f"    {line}" for line in [*given, last]), ")"]
+
+    floor = tiles.floor(spec.mask, spec.fill) if masked else None
+    return {
+        "tile_params": [
+            *given,
+            "MASKED: tl.constexpr, UPCAST: tl.constexpr,",
+            "BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,",
+        ],
+        "keep": tiles.keep(spec.mask, inputs) if masked else "",
+        "fill": fill_text(spec.fill),
+        "mask_loads": [_input(x) for x in inputs if x.is_bool and x.per_tile],
+        "loops": tiles.loops(spec.mask, spec.fill, call),
+        "floor": "" if floor is None else repr(floor),
+        "restart": tiles.loop("0", "sk", call(True), "tl.range({}, {}, BLOCK_N, num_stages=1)"),
+        "tile": _tile_order(spec.mask),
+        "reference_keep": tiles.reference_keep(spec.mask, inputs) if masked else "",
+        "reference_fill": reference_fill(spec.fill),
+    }
+
+
+def _tile_terms(x: Input) -> list[str]:
+    """Return what a tile is told of an input: its address and strides, or its value."""
+    if not x.per_tile:
+        return [x.name]
+    return [f"{x.name}_at", *(f"{x.name}_{a}" for a in x.axes if a in "qk")]
+
+
+def _tile_order(mask: Mask) -> str:
+    """Return which tile of queries a program takes: the longest first where later queries see more keys."""
+    found = tiles.outer(mask)
+    grows = any(x.his for x in found) and not any(x.los for x in found)
+    return "tiles - 1 - tl.program_id(0) % tiles" if grows else "tl.program_id(0) % tiles"
+
+
+def _softmax_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any]:
+    """Return where the running softmax starts (from the sink, if there is one) and how it ends."""
+    sink = spec.norm.sink
+    start = ['m = tl.full([BLOCK_M], float("-inf"), tl.float32)', "l = tl.zeros([BLOCK_M], tl.float32)"]
+    reference = ""
+    if isinstance(sink, str):
+        name = next(x.name for x in inputs if x.role == "sink")
+        start = [
+            f"m = tl.zeros([BLOCK_M], tl.float32) + tl.load({name}_at).to(tl.float32) * {LOG2E!r}",
+            'l = tl.where(m == float("-inf"), 0.0, 1.0)',
+        ]
+        reference = f"{name}.to(work).view(1, -1, 1)"
+    elif sink is not None and sink != -math.inf:
+        start = [
+            f"m = tl.full([BLOCK_M], {sink * LOG2E!r}, tl.float32)",
+            "l = tl.full([BLOCK_M], 1.0, tl.float32)",
+        ]
+        reference = f"torch.full_like(lse[:1, :1, :1], {sink!r})"
+    return {
+        "start": start,
+        "sink": reference,
+        "safe": spec.norm.safe and sink is None,
+        "base2": wide_biases(spec, inputs),
+        "extreme": wide_biases(spec, inputs) or (not isinstance(spec.mask, Full) and overflows(spec.fill)),
+        "least": repr(LEAST),
+        "log2e": repr(LOG2E),
+        "ln2": repr(math.log(2)),
+    }
+
+
+def argument_types(spec: AttentionSpec) -> tuple[dict[str, str], dict[str, int]]:
+    """Return triton's type of each run-time argument, and the strides that are 1 in a packed tensor."""
+    inputs = name_inputs(spec)
+    main = _TYPES[spec.q.dtype]
+    types = {f"{t}_ptr": f"*{main}" for t in ("q", "k", "v", "out")} | {"lse_ptr": "*fp32"}
+    types |= {f"{x.name}_ptr": f"*{_TYPES[x.operand.dtype]}" for x in inputs}
+    types |= {f"{t}_{a}": "i32" for t, axes in (("q", "bhm"), ("k", "bhn"), ("v", "bhn")) for a in axes}
+    types |= {s: "i32" for x in inputs for s in x.strides()}
+    types |= {name: "i32" for name in ("heads", "sq", "sk")}
+    ones = {f"{t}_d": 1 for t in ("q", "k", "v")}
+    return types, ones | {f"{x.name}_{x.axes[-1]}": 1 for x in inputs if x.axes}

@@ -1,0 +1,69 @@
+"""Run a spec on tensors through its emitted kernel: the CUDA implementation of ``torch.ops.attnc.attend``.
+
+The first call of a spec emits the file, keeps it (``attnc.codegen.triton.store``) and imports it; later
+calls find the launcher in memory.  A spec or a call that no kernel serves runs as plain torch, and the log
+says why, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import cast
+
+from torch import Tensor
+
+from attnc import logs
+from attnc.codegen.ops import execute
+from attnc.codegen.triton.emit import can_run, emit
+from attnc.codegen.triton.store import load
+from attnc.ir import AttentionSpec
+
+log = logs.get("codegen")
+kernel_log = logs.artifact("kernel")
+
+Launcher = Callable[..., tuple[Tensor, Tensor]]
+
+
+def run(
+    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) as ``attnc::attend`` does, from the emitted kernel where it can serve this call.
+
+    Raises:
+        ValueError: shapes do not fit the spec.
+        CodegenError: the emitted file does not import.
+    """
+    kernel = launcher(spec)
+    if kernel is None or not _fits(spec, q, k, v):
+        return execute(spec, q, k, v, captured)
+    return kernel(q, k, v, *captured)
+
+
+@cache
+def launcher(spec: AttentionSpec) -> Launcher | None:
+    """Return ``attend`` of the spec's kernel, emitted at the first call, or None if none can serve it."""
+    miss = can_run(spec)
+    if miss is not None:
+        log.warning("%s: %s; the site runs as plain torch", miss.node, miss.why)
+        return None
+    kernel = emit(spec, name="attend")
+    kernel_log.debug("%s", kernel.source)
+    return cast(Launcher, load(kernel).attend)
+
+
+@cache
+def _warn(text: str) -> None:
+    log.warning("%s", text)
+
+
+def _fits(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Say whether tensors have the dtypes and head sizes of the kernel, and any keys at all."""
+    found = [(x.dtype, x.shape[3]) for x in (q, k, v)]
+    wanted = [(o.dtype, o.shape[3]) for o in (spec.q, spec.k, spec.v)]
+    if found != wanted:
+        _warn(
+            f"attend: expected dtypes and head sizes {wanted}, found {found}; this call runs as plain torch"
+        )
+        return False
+    return k.shape[2] > 0

@@ -1,0 +1,117 @@
+"""Write score steps and fills of a spec as text: for the kernel in base 2, for the reference in torch.
+
+The kernel's scores are ``log2(e)`` times the spec's, so that the softmax is one ``exp2``.  Constant factors
+are gathered and applied where they cost least: as one product with the contraction, inside a tanh, or with
+a bias.
+Source: FlashAttention-2 (arXiv:2307.08691), section 3.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from attnc.codegen.triton.inputs import Input, find
+from attnc.ir import AttentionSpec, Bias, Fill, Gain, Scale, Softcap, Step
+
+LOG2E = math.log2(math.e)
+FP32_MIN = torch.finfo(torch.float32).min
+LEAST = FP32_MIN / LOG2E
+"""The lowest score that base 2 can hold in fp32; lower ones, which only masks have, stand for themselves."""
+UNDERFLOW = 151.0
+"""Base-2 distance below the maximum at which a weight is 0 in fp32: the least subnormal is 2**-149."""
+
+
+def kernel_steps(steps: Sequence[Step], inputs: tuple[Input, ...]) -> list[str]:
+    """Return the lines that turn ``s``, the bare contraction, into base-2 scores."""
+    lines: list[str] = []
+    factor, in_base2 = 1.0, False
+    last_cap = max((i for i, s in enumerate(steps) if isinstance(s, Softcap)), default=-1)
+    for at, step in enumerate(steps):
+        if isinstance(step, Scale):
+            factor *= step.factor
+        elif isinstance(step, Softcap):
+            lines.append(f"s = _tanh({times('s', factor / step.cap)})  # {step}")
+            factor = step.cap
+        elif isinstance(step, Gain):
+            lines.append(f"s = s * {find(inputs, step.operand, 'bhqk').name}")
+        else:
+            unit = LOG2E if at > last_cap else 1.0
+            scaled = times("s", factor if in_base2 else factor * unit)
+            lines.append(f"s = {scaled} + {_addend(find(inputs, step.operand, 'bhqk'), step.sign, unit)}")
+            factor, in_base2 = 1.0, at > last_cap
+    rest = factor if in_base2 else factor * LOG2E
+    if rest != 1.0:
+        lines.append(f"s = {times('s', rest)}{_why(steps, factor, in_base2)}")
+    return lines
+
+
+def _why(steps: Sequence[Step], factor: float, in_base2: bool) -> str:
+    base = "" if in_base2 else "log2(e)"
+    return f"  # {factor!r} * {base}" if base and factor != 1.0 else f"  # {base or factor}"
+
+
+def times(name: str, factor: float) -> str:
+    """Return ``name * factor`` as text."""
+    return name if factor == 1.0 else f"{name} * {factor!r}"
+
+
+def reference_steps(steps: Sequence[Step], inputs: tuple[Input, ...]) -> list[str]:
+    """Return the same steps in torch, on ``s`` in natural units."""
+    lines = []
+    for step in steps:
+        if isinstance(step, Scale):
+            lines.append(f"s = s * {step.factor!r}")
+        elif isinstance(step, Softcap):
+            lines.append(f"s = {step.cap!r} * torch.tanh(s / {step.cap!r})")
+        elif isinstance(step, Gain):
+            lines.append(f"s = s * {find(inputs, step.operand, 'bhqk').tensor}.to(work)")
+        else:
+            sign = "-" if step.sign < 0 else "+"
+            lines.append(f"s = s {sign} {find(inputs, step.operand, 'bhqk').tensor}.to(work)")
+    return lines
+
+
+def _addend(bias: Input, sign: int, unit: float) -> str:
+    """Return a bias in the unit of the scores; a wide dtype may hold what base 2 cannot."""
+    if unit != 1.0 and bias.operand.dtype != torch.float16:
+        return f"_base2({'-' if sign < 0 else ''}{bias.name})"
+    return times(bias.name, sign * unit)
+
+
+def wide_biases(spec: AttentionSpec, inputs: tuple[Input, ...]) -> bool:
+    """Say whether a bias may be lower than base 2 can hold: a mask that was written as a bias, as a rule."""
+    return any("_base2(" in line for line in kernel_steps(spec.scores, inputs))
+
+
+def hidden(fill: Fill) -> float:
+    """Return the base-2 score that stands for the fill; the fill itself where fp32 cannot hold that."""
+    if fill.value == -math.inf:
+        return fill.value
+    return fill.value * LOG2E if fill.value * LOG2E >= FP32_MIN else max(fill.value, FP32_MIN)
+
+
+def fill_text(fill: Fill) -> str:
+    """Return ``s`` with hidden positions filled, as kernel text."""
+    value = 'float("-inf")' if fill.value == -math.inf else repr(hidden(fill))
+    return f"tl.where(keep, s, {'s + ' if fill.how == 'add' else ''}{value})"
+
+
+def overflows(fill: Fill) -> bool:
+    """Say whether a finite fill is lower than base 2 can hold; ``hidden`` is then in natural units."""
+    return math.isfinite(fill.value) and fill.value * LOG2E < FP32_MIN
+
+
+def has_softcap(spec: AttentionSpec) -> bool:
+    """Say whether the kernel needs a tanh."""
+    return any(isinstance(s, Softcap) for s in spec.scores)
+
+
+def reference_fill(fill: Fill) -> str:
+    """Return ``s`` filled, in torch; ``keep`` is the mask."""
+    value = "-math.inf" if fill.value == -math.inf else repr(max(fill.value, FP32_MIN))
+    if fill.how == "replace":
+        return f"s.masked_fill(~keep, {value})"
+    return f"s + torch.zeros_like(s).masked_fill(~keep, {value})"

@@ -1,0 +1,227 @@
+"""Elementwise arithmetic on symbolic values, exact or not at all.
+
+Integers are polynomials, predicates are kept apart from numbers, and a ``where`` is carried outwards through
+the operation. What a tensor's dtype cannot hold exactly is not computed here: bf16 has no 257, and uint8 no
+-1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from attnc import expr as E
+from attnc.expr import FALSE, ONE, TRUE, ZERO, Expr
+from attnc.sizes import dim
+
+LONGEST = 2**20
+"""The most tokens a symbolic length is taken to have when it is asked whether a float holds it."""
+
+
+def literal(x: Any) -> Expr:
+    """Return a Python number as a constant."""
+    if isinstance(x, bool):
+        return TRUE if x else FALSE
+    if isinstance(x, int):
+        return E.integer(x)
+    if isinstance(x, torch.SymInt):
+        return dim(x)
+    return E.real(float(x))
+
+
+# ---------------------------------------------------------------- what a dtype holds
+
+
+def held(x: Expr, dtype: torch.dtype) -> Expr | None:
+    """Return ``x`` as a tensor of ``dtype`` holds it: constants rounded, predicates as numbers.
+
+    None if a value that is not constant might be rounded or wrap around.
+    """
+    if dtype == torch.bool:
+        return to_bool(x)
+    if E.is_bool(x):
+        x = E.where(x, *((ONE, ZERO) if not dtype.is_floating_point else (E.real(1.0), E.real(0.0))))
+    choice = _choice(x)
+    if choice is not None:
+        arms = [held(arm, dtype) for arm in choice.args[1:]]
+        return None if arms[0] is None or arms[1] is None else E.where(choice.args[0], arms[0], arms[1])
+    if dtype.is_floating_point:
+        return _in_float(x, dtype)
+    if x.op == "const":
+        return to_int(x)
+    return x if not E.is_int(x) or _fits(x, dtype) else None
+
+
+def _choice(x: Expr) -> Expr | None:
+    """Return the ``where`` that ``x`` is, as a float or as an integer."""
+    g = E.only_generator(x) if E.is_int(x) else x
+    return g if g is not None and g.op == "where" else None
+
+
+def _in_float(x: Expr, dtype: torch.dtype) -> Expr | None:
+    number = E.as_number(x)
+    if number is not None:
+        value = rounded(number, dtype)
+        return x if value == number or math.isnan(value) else E.real(value)
+    if not E.is_int(x):
+        return x
+    exact = 2 / torch.finfo(dtype).eps
+    if magnitude(x) <= exact:
+        return x
+    # Rounding is monotone, so an integer that was loaded compares with a small constant as its rounding does.
+    variables = [(m, c) for m, c in E.terms(x) if m]
+    constants = [abs(c) for m, c in E.terms(x) if not m]
+    alone = len(variables) == 1 and abs(variables[0][1]) == 1 and [g.op for g in variables[0][0]] == ["load"]
+    return x if alone and exact >= 2**24 and all(c < LONGEST for c in constants) else None
+
+
+def rounded(x: float, dtype: torch.dtype) -> float:
+    """Return a number as a tensor of a floating ``dtype`` holds it; what is too large becomes infinite."""
+    return float(torch.tensor(float(x), dtype=dtype))
+
+
+def _fits(x: Expr, dtype: torch.dtype) -> bool:
+    """Say whether an integer polynomial stays in range; 32 and 64 bits are taken to be enough."""
+    if dtype in (torch.int64, torch.int32):
+        return True
+    info = torch.iinfo(dtype)
+    return magnitude(x) <= info.max and (info.min < 0 or E.nonneg(x))
+
+
+def magnitude(x: Expr) -> float:
+    """Return a bound on the absolute value of an integer polynomial, infinity if it reads data."""
+    return sum(abs(c) * math.prod(_most(g) for g in m) for m, c in E.terms(x))
+
+
+def _most(g: Expr) -> float:
+    if g.op == "size":
+        return LONGEST
+    if g.op in ("index", "mod"):
+        n = E.as_int(g.args[1])
+        return LONGEST if n is None else max(n - 1, 0)
+    if g.op == "floordiv":
+        return magnitude(g.args[0])
+    if g.op == "where":
+        return max(magnitude(a) for a in g.args[1:])
+    return math.inf
+
+
+# ---------------------------------------------------------------- casts
+
+
+def to_bool(x: Expr) -> Expr:
+    """Return ``x != 0``."""
+    if E.is_bool(x):
+        return x
+    choice = _choice(x)
+    if choice is not None:
+        return E.where(choice.args[0], to_bool(choice.args[1]), to_bool(choice.args[2]))
+    if E.is_int(x):
+        return E.not_(E.eq0(x))
+    n = E.as_number(x)
+    return (TRUE if n else FALSE) if n is not None else E.not_(E.call("is_zero", x))
+
+
+def to_int(x: Expr) -> Expr | None:
+    """Return a predicate as 0 or 1, an integer as it is; None for floats that are no whole constants."""
+    if E.is_int(x):
+        return x
+    if E.is_bool(x):
+        return E.where(x, ONE, ZERO)
+    if x.op == "where":
+        a, b = to_int(x.args[1]), to_int(x.args[2])
+        return None if a is None or b is None else E.where(x.args[0], a, b)
+    n = E.as_number(x)
+    return E.integer(int(n)) if n is not None and math.isfinite(n) and n == int(n) else None
+
+
+# ---------------------------------------------------------------- operations
+
+
+def _lift(f: Callable[[Expr, Expr], Expr | None], a: Expr, b: Expr) -> Expr | None:
+    """Apply ``f`` inside the arms of a ``where`` when the other side is plain."""
+    for x, other, swap in ((a, b, False), (b, a, True)):
+        choice = _choice(x)
+        if choice is None or other.op == "where":
+            continue
+        arms = [_lift(f, other, arm) if swap else _lift(f, arm, other) for arm in choice.args[1:]]
+        if arms[0] is None or arms[1] is None:
+            return None
+        return E.where(choice.args[0], arms[0], arms[1])
+    return f(a, b)
+
+
+_INTEGER: dict[str, Callable[[Expr, Expr], Expr]] = {"add": E.add, "sub": E.sub, "mul": E.mul}
+
+
+def arithmetic(op: str, a: Expr, b: Expr) -> Expr:
+    """Return ``a op b`` for op in add, sub, mul, div.
+
+    Exact on integers, folded on constants, else symbolic.
+    """
+    out = _lift(lambda x, y: _plain(op, x, y), a, b)
+    return E.call(op, a, b) if out is None else out
+
+
+def _plain(op: str, x: Expr, y: Expr) -> Expr | None:
+    m, n = E.as_number(x), E.as_number(y)
+    if m is not None and n is not None and not (E.is_int(x) and E.is_int(y) and op != "div"):
+        return _constants(op, m, n, x, y)
+    if E.is_bool(x) or E.is_bool(y):
+        x, y = (E.where(v, ONE, ZERO) if E.is_bool(v) else v for v in (x, y))
+        return arithmetic(op, x, y)
+    if op == "mul" and 0 in (m, n) and E.is_int(y if m == 0 else x):
+        return ZERO if E.is_int(x) and E.is_int(y) else E.real(0.0)
+    x, y = _same_kind(x, y)
+    if E.is_int(x) and E.is_int(y) and op != "div":
+        return _INTEGER[op](x, y)
+    if (op in ("add", "sub") and n == 0) or (op in ("mul", "div") and n == 1):
+        return x
+    if (op == "add" and m == 0) or (op == "mul" and m == 1):
+        return y
+    return E.call(op, x, y)
+
+
+def _constants(op: str, m: float, n: float, x: Expr, y: Expr) -> Expr:
+    if op == "div":
+        return E.real(m / n) if n != 0 else E.call(op, x, y)
+    return E.real({"add": m + n, "sub": m - n, "mul": m * n}[op])
+
+
+def _same_kind(x: Expr, y: Expr) -> tuple[Expr, Expr]:
+    """Turn a whole float constant into an integer when the other side is an integer polynomial."""
+    if E.is_int(x) and not E.is_int(y) and y.op == "const":
+        return x, to_int(y) or y
+    if E.is_int(y) and not E.is_int(x) and x.op == "const":
+        return to_int(x) or x, y
+    return x, y
+
+
+def compare(op: str, a: Expr, b: Expr) -> Expr:
+    """Return ``a op b`` as a predicate for op in le, lt, ge, gt, eq, ne.
+
+    Both sides must be integers, predicates or constants; else the predicate is opaque.
+    """
+    out = _lift(lambda x, y: _decided(op, x, y), a, b)
+    return E.not_(E.call("is_zero", E.call(op, a, b))) if out is None else out
+
+
+def _decided(op: str, x: Expr, y: Expr) -> Expr | None:
+    if E.is_bool(x) and E.is_bool(y) and op in ("eq", "ne"):
+        same = E.or_(E.and_(x, y), E.and_(E.not_(x), E.not_(y)))
+        return same if op == "eq" else E.not_(same)
+    i, j = to_int(x), to_int(y)
+    if i is not None and j is not None:
+        if (_choice(i) is not None or _choice(j) is not None) and not (x == i and y == j):
+            return _lift(lambda u, v: _decided(op, u, v), i, j)
+        d = E.sub(i, j)
+        table = {"le": d, "lt": E.add(d, ONE), "ge": E.neg(d), "gt": E.add(E.neg(d), ONE)}
+        return E.le0(table[op]) if op in table else E.eq0(d) if op == "eq" else E.not_(E.eq0(d))
+    m, n = E.as_number(x), E.as_number(y)
+    if m is None or n is None:
+        return None
+    ok = {"le": m <= n, "lt": m < n, "ge": m >= n, "gt": m > n, "eq": m == n, "ne": m != n}[op]
+    return TRUE if ok else FALSE

@@ -1,0 +1,126 @@
+"""Run emitted kernels under Triton's interpreter, in a process of its own; print one JSON line per run.
+
+TRITON_INTERPRET has to be set before triton is imported, and a test session may have imported it already.
+Each spec of the corpus is run twice: by the self-test in the emitted file, and through
+``attnc.codegen.triton.run`` against the spec executed in fp64, in fp32 and in fp16. Then some files are
+broken on purpose, and the self-test has to notice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy
+import torch
+
+from attnc.codegen.triton import emit, run
+from attnc.codegen.triton.store import load
+from attnc.ir import AttentionSpec, Kernel
+from attnc.printer import parse
+
+LENGTHS = {torch.float32: ((1, 1), (63, 17), (65, 65), (129, 129)), torch.float16: ((17, 63), (65, 65))}
+BREAKS = (
+    ("causal", "        keep = ki <= qi", "        keep = ki < qi"),
+    ("causal", "first + 1", "last + 1"),
+    ("causal", "h // 2 * k_h", "h // 4 * k_h"),
+    ("left_padded", "range(0, sk, BLOCK_N, num", "range(0, sk - BLOCK_N, BLOCK_N, num"),
+    ("plain", "mask=(rows < sq)[:, None])", "mask=(rows < sq + 1)[:, None])"),
+    ("mask_as_bias", "x < -2.3586574916681825e+38", "x < -3.5e+38"),
+    ("plain", "mask=rows < sq)", "mask=rows < sq - 1)"),
+    ("plain", "inside = cols < sk", "inside = cols < sk + 1"),
+)
+"""Corpus entry, a piece of its kernel, and what to break it into."""
+
+
+def draw(spec: AttentionSpec, b: int, hkv: int, sq: int, sk: int) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(sq * 1000 + sk)
+    sizes = {"b": b, "h": hkv * spec.group_size, "hkv": hkv, "s": sq, "t": sk}
+    out = []
+    for o in (spec.q, spec.k, spec.v, *spec.captured):
+        shape = [sizes[d] if isinstance(d, str) else d for d in o.shape]
+        x = (
+            torch.rand(shape, generator=g) < 0.6
+            if o.dtype == torch.bool
+            else torch.randn(shape, generator=g).to(o.dtype)
+        )
+        if o.dtype == torch.bool:
+            x[..., : sk // 4] = False  # padding on the left: with a causal mask the first queries see nothing
+        if o.name == "attention_mask":
+            x = torch.where(x > 0.5, torch.finfo(o.dtype).min, 0.0)
+            x[..., :1, :] = torch.finfo(o.dtype).min  # every key is hidden: a spread over all of them
+        out.append(x.transpose(-2, -3).contiguous().transpose(-2, -3) if x.dim() == 4 else x)
+    return out
+
+
+def compare(spec: AttentionSpec, sq: int, sk: int) -> dict[str, object]:
+    """Return the error against the fp64 oracle, as a share of its limit.
+
+    The limit is twice what the spec in working precision is off, plus two rounding units of the largest
+    value: one for the weights, which the kernel rounds to the dtype, one for the output.
+    """
+    q, k, v, *captured = draw(spec, 1, 1 if sq > 64 else 2, sq, sk)
+    out, lse = run(spec, q, k, v, captured)
+    wide = [x.double() if x.is_floating_point() else x for x in captured]
+    want, want_lse = spec(q.double(), k.double(), v.double(), tuple(wide))
+    own, own_lse = spec(q, k, v, tuple(captured))
+    usual = want_lse.abs() < 1e6
+    eps, unit = torch.finfo(q.dtype).eps, torch.finfo(torch.float32).eps
+    limit = 2 * worst(own - want, usual) + 2 * eps * v.abs().max()
+    lse_limit = 2 * worst(own_lse - want_lse, usual) + 4 * unit * (1 + want_lse.abs().where(usual, 0.0).max())
+    strange = ~usual
+    return {
+        "out": (worst(out - want, usual) / limit).item(),
+        "lse": (worst(lse - want_lse, usual) / lse_limit).item(),
+        # rows that see nothing: NaN, zero or a spread over all keys, as the spec in working precision has it
+        "strange": bool(torch.isclose(out, own, rtol=4 * eps, atol=4 * eps, equal_nan=True)[strange].all()),
+        "strange_lse": bool(
+            torch.isclose(lse, own_lse, rtol=4 * unit, atol=0, equal_nan=True)[strange].all()
+        ),
+        "hidden_rows": int(strange.sum()),
+    }
+
+
+def worst(error: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    rows = rows if error.dim() == rows.dim() else rows[..., None]
+    return torch.where(rows, error.double(), 0.0).abs().max()
+
+
+def self_test(kernel: Kernel) -> dict[str, object]:
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        code = load(kernel).main()
+    return {"code": code, "text": text.getvalue()}
+
+
+def main() -> None:
+    numpy.seterr(all="ignore")
+    torch.set_num_threads(1)
+    lines = Path(__file__).with_name("corpus.txt").read_text(encoding="utf-8").splitlines()
+    corpus = {n: parse(s) for n, _, s in (line.partition(" ") for line in lines if not line.startswith("#"))}
+    for name, spec in corpus.items():
+        print(json.dumps({"run": f"self-test {name}", **self_test(emit(spec, name=name))}), flush=True)
+        for dtype, lengths in LENGTHS.items():
+            cast = [dataclasses.replace(o, dtype=dtype) for o in (spec.q, spec.k, spec.v)]
+            typed = dataclasses.replace(spec, q=cast[0], k=cast[1], v=cast[2])
+            for sq, sk in lengths:
+                if name == "packed" and sq != sk:
+                    continue
+                result = compare(typed, sq, sk)
+                print(json.dumps({"run": f"{name} {dtype} {sq} {sk}", **result}), flush=True)
+    for at, (name, old, new) in enumerate(BREAKS):
+        kernel = emit(corpus[name], name=name)
+        assert old in kernel.source, f"{name} has no {old!r} to break"
+        broken = dataclasses.replace(kernel, source=kernel.source.replace(old, new), key=f"broken{at}")
+        print(json.dumps({"run": f"broken {name}: {old} -> {new}", **self_test(broken)}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
