@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,10 +23,10 @@ from attnc.passes.rewrite.quant.w8a8 import W8A8
 from attnc.pipeline import Options, Outcome, run
 from attnc.report import Report
 from attnc.result import clone_module, make_result
+from attnc.session import Session, session
 
 if TYPE_CHECKING:
     from attnc.ir import Kernel
-    from attnc.opening import Opened
 
 __all__ = [
     "Session",
@@ -47,49 +46,6 @@ _FAR = 8.0
 
 Errors of sites add up and are not of one sign.
 """
-
-
-@dataclass
-class Session:
-    """What ``optimize`` remembers with its result: enough to save, export and emit it."""
-
-    forms: Forms
-    target: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    report: Report
-    dynamic_shapes: Any = "auto"
-    outcomes: list[Outcome] = field(default_factory=list)
-    quantized: tuple[str, ...] = ()
-    source: Opened | None = None
-
-    @property
-    def plan(self) -> dict[str, Any]:
-        """The forms as plain data."""
-        return self.forms.to_plan()
-
-    @property
-    def attends(self) -> list[ExportedProgram]:
-        """Captured programs with one ``attend`` node per rewritten site."""
-        return [o.attend for o in self.outcomes if o.attend is not None]
-
-    @property
-    def programs(self) -> list[ExportedProgram]:
-        """Captured programs lowered to plain ATen wherever a plain form exists."""
-        from attnc.codegen.lower import lower
-        from attnc.programs import copy_program, fix_outputs
-
-        out = []
-        for program in self.attends:
-            plain = copy_program(program)
-            lower(plain.graph, portable=True)
-            fix_outputs(plain)
-            plain.graph_module.recompile()
-            out.append(plain)
-        return out
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        return self
 
 
 def optimize(
@@ -151,6 +107,7 @@ def optimize(
     device = _target(target, model.parameters())
     report = Report(__version__, type(model).__name__, device)
     state = Session(allowed, device, args, dict(kwargs or {}), report, dynamic_shapes, source=source)
+    report.warnings += source.warnings if source is not None else []
     work = _Work(state, verify, cost_model, progress)
     fast = work.ahead(model) if args or kwargs else work.lazy(model)
     fast.__dict__["_attnc"] = state
@@ -184,20 +141,6 @@ def inspect(
     report = Report(__version__, type(model).__name__, device)
     _add(report, outcome, captured)
     return report
-
-
-def session(fast: nn.Module) -> Session:
-    """Return what ``optimize`` remembers with its result.
-
-    Raises:
-        RewriteError: the module did not come from ``optimize``.
-    """
-    state = fast.__dict__.get("_attnc")
-    if not isinstance(state, Session):
-        raise RewriteError(
-            f"expected a module that attnc.optimize returned, found a plain {type(fast).__name__}"
-        )
-    return state
 
 
 def export_onnx(

@@ -7,7 +7,6 @@ which makes it functional, and links lead back.  The Dynamo door is in ``capture
 
 from __future__ import annotations
 
-import copy
 import sys
 import time
 import warnings
@@ -28,6 +27,7 @@ from attnc.capture_links import link_nodes
 from attnc.capture_trial import describe, trial, unchanged
 from attnc.capture_types import Captured, Door
 from attnc.errors import CaptureError
+from attnc.programs import copy_program
 
 __all__ = [
     "Captured",
@@ -72,7 +72,7 @@ def capture_export(
 
 def capture_exported(program: ExportedProgram) -> Captured:
     """Capture an ExportedProgram; it stays as it was, since a copy of its graph is edited."""
-    return _captured(_copy_program(program), "export", 0.0, [])
+    return _captured(copy_program(program), "export", 0.0, [])
 
 
 def capture_graph_module(
@@ -181,28 +181,10 @@ def _register_caches(model: nn.Module) -> None:
     register_cache_pytrees_for_model(model)
 
 
-def _copy_program(program: ExportedProgram) -> ExportedProgram:
-    """Return a program with its own graph, sub-graphs and signature, sharing all tensors."""
-    module = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
-    for name, child in program.graph_module.named_children():
-        setattr(module, name, copy.deepcopy(child))
-    return ExportedProgram(
-        root=module,
-        graph=module.graph,
-        graph_signature=copy.deepcopy(program.graph_signature),
-        state_dict=dict(program.state_dict),
-        range_constraints=dict(program.range_constraints),
-        module_call_graph=copy.deepcopy(program.module_call_graph),
-        example_inputs=program.example_inputs,
-        constants=dict(program.constants),
-        verifiers=program.verifiers,
-    )
-
-
 def _safe_to_functionalize(exported: ExportedProgram) -> ExportedProgram:
     """Return the program, or a copy without dropouts through which functionalization would lose a write."""
     if any(hidden_writes(exported.graph)):
-        exported = _copy_program(exported)
+        exported = copy_program(exported)
         dropouts, others = hidden_writes(exported.graph)
         if others:
             raise CaptureError(

@@ -28,7 +28,7 @@ from attnc.codegen.lower import lower
 from attnc.codegen.select import select
 from attnc.cost import Cost
 from attnc.ir import AttentionSpec, Miss, Plan
-from attnc.passes.analyze.price import gain, hints, price
+from attnc.passes.analyze.price import gain, hints, price, sizes
 from attnc.passes.detect import Found, detect
 from attnc.passes.detect.graph import module_path, source_line
 from attnc.passes.rewrite.apply import Rewriter, leaves
@@ -41,6 +41,8 @@ from attnc.report import SiteRecord, Stage
 
 log = logs.get("rewrite")
 Progress = Callable[[str, float], None]
+FLEX_SCORES = 1 << 18
+"""Scores per head (512 x 512) from which a FlexAttention kernel is chosen: it takes seconds to compile."""
 
 
 @dataclass(frozen=True)
@@ -224,8 +226,9 @@ def _plan(found: Found, gate: Rewriter, options: Options, known: Mapping[str, in
     if form is None:
         return _Job(found, None, "kept", "; ".join(refusals), None, cost)
     new = form.rewrite(spec)
-    backend, passed = select(new, options.target)
-    predicted = gain(spec, new, known, options.target) if options.cost_model else None
+    backend, passed = select(new, options.target, _worth_compiling(spec, known))
+    measured = options.cost_model and not found.fused  # the table compares with spelled-out attention
+    predicted = gain(spec, new, known, options.target) if measured else None
     same = form.contract == "SAME"
     if same and found.fused and not found.improves:
         return _Job(
@@ -257,6 +260,12 @@ def _plan(found: Found, gate: Rewriter, options: Options, known: Mapping[str, in
         predicted,
         price(new, known, backend != "reference"),
     )
+
+
+def _worth_compiling(spec: AttentionSpec, known: Mapping[str, int]) -> frozenset[str] | None:
+    """Return the backends to choose from: no FlexAttention where its compile time is never earned back."""
+    s = sizes(spec, known)
+    return None if s.sq * s.sk >= FLEX_SCORES else frozenset({"sdpa", "reference"})
 
 
 def _linears(captured: Captured, found: list[Found], options: Options) -> list[str]:

@@ -63,17 +63,21 @@ def loads(e: Expr) -> tuple[Expr, ...]:
     return tuple(x for x in walk(e) if x.op == "load")
 
 
+def _scaled(body: str, c: int) -> str:
+    if not body:
+        return str(c)
+    return body if c == 1 else f"-{body}" if c == -1 else f"{c}*{body}"
+
+
 def show(e: Any) -> str:
     """Return a readable text; index variables and sizes by name."""
     if not isinstance(e, Expr):
         return str(e)
     a = e.args
     if e.op == "poly":
-        parts = []
-        for m, c in a[0]:
-            body = "*".join(show(g) for g in m)
-            parts.append(f"{c}" if not m else body if c == 1 else f"-{body}" if c == -1 else f"{c}*{body}")
-        return (" + ".join(reversed(parts)) or "0").replace("+ -", "- ")
+        products = sorted((not m, "*".join(sorted(show(g) for g in m)), c) for m, c in a[0])
+        parts = [_scaled(body, c) for _, body, c in products]
+        return (" + ".join(parts) or "0").replace("+ -", "- ")
     if e.op in ("index", "size", "opaque", "const"):
         return str(a[0])
     if e.op in ("true", "false"):

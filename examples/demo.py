@@ -23,7 +23,6 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path.insert(0, str(Path(__file__).parent))
 warnings.filterwarnings("ignore")
 
 import onnx
@@ -31,7 +30,6 @@ import onnxruntime
 import torch
 from rich.console import Console
 from rich.table import Table
-from sentences import SENTENCES
 from transformers import AutoTokenizer, BertModel
 from transformers.utils import logging as transformers_logging
 
@@ -40,6 +38,7 @@ import attnc
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 console = Console(width=110)
+SENTENCES = (Path(__file__).parent / "sentences.txt").read_text(encoding="utf-8").splitlines()
 FUSED_OPS = ("MultiHeadAttention", "GroupQueryAttention", "Attention")
 Inputs = dict[str, torch.Tensor]
 
@@ -93,7 +92,7 @@ def main() -> int:
     model = BertModel.from_pretrained(directory, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     inputs: Inputs = dict(
-        tokenizer(list(SENTENCES), padding=True, truncation=True, max_length=128, return_tensors="pt")
+        tokenizer(SENTENCES, padding=True, truncation=True, max_length=128, return_tensors="pt")
     )
     shape = " x ".join(map(str, inputs["input_ids"].shape))
     console.print(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -113,13 +114,13 @@ compared = st.one_of(
 predicates = st.recursive(compared, connected, max_leaves=4)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(numbers, environments())
 def test_polynomials_floor_and_remainder_are_those_of_python(p, env):
     assert evaluate(p.expr, env) == p.value(env)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(predicates, environments())
 def test_predicates_are_those_of_python(p, env):
     assert evaluate(p.expr, env) == p.value(env)
@@ -149,7 +150,7 @@ def test_what_a_predicate_pins_holds_where_it_is_true(p, env):
             assert env[g.args[0]] == E.as_int(value)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(numbers, environments(), st.booleans())
 def test_a_proof_of_sign_is_true(p, env, upper):
     if E.nonneg(p.expr, upper):
@@ -216,7 +217,7 @@ def test_arms_of_where_merge_when_the_condition_makes_them_equal():
 
 def test_text_is_readable():
     i, n = INDICES["i"], E.size("n")
-    assert str(E.sub(E.mul(E.integer(3), i), n)) in ("3*i - n", "-n + 3*i")
+    assert str(E.add(E.mul(E.integer(3), i), E.neg(n), E.integer(-2))) == "3*i - n - 2"
     assert str(E.and_(E.le0(i), E.not_(E.eq0(E.floordiv(i, n))))) in (
         "(i <= 0 & ~((i) // (n) == 0))",
         "(~((i) // (n) == 0) & i <= 0)",
@@ -224,7 +225,12 @@ def test_text_is_readable():
     assert str(E.load("mask", (i, E.ZERO), "bool")) == "mask[i, 0]"
 
 
+# Without attnc's own __init__, which would import torch twice for nothing.
 PROGRAM = """
+import sys, types
+package = types.ModuleType("attnc")
+package.__path__ = [sys.argv[1]]
+sys.modules["attnc"] = package
 from attnc import expr as E
 i, n = E.index("i", E.integer(5)), E.size("n")
 parts = {E.le0(E.sub(i, n)), E.not_(E.eq0(E.mod(i, n))), E.load("mask", (i, n), "bool"), E.eq0(E.sub(i, n))}
@@ -233,7 +239,7 @@ print(E.where(E.and_(*parts), E.real(0.5), E.call("exp", E.real(-1e30))).key)
 
 
 def test_digests_are_the_same_in_every_process():
-    code = [sys.executable, "-c", PROGRAM]
+    code = [sys.executable, "-c", PROGRAM, str(Path(__file__).parents[1] / "compiler")]
     runs = [
         subprocess.run(code, env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True)
         for seed in ("1", "2")

@@ -15,7 +15,7 @@ SOURCES = [
 ]
 TEMPLATES = sorted((ROOT / "codegen").rglob("*.j2"))
 
-MAY_PRINT = {"compiler/cli.py", "compiler/__main__.py"}
+MAY_PRINT = {"compiler/cli.py", "compiler/cli_view.py", "compiler/__main__.py"}
 LONGEST_FILE = 500
 # Gone or going in triton; loads are written as offsets plus tl.arange with masks.
 OLD_TRITON = re.compile(r"\b(tl\.advance|(tl\.)?make_block_ptr)\b")

@@ -40,9 +40,9 @@ def block_lists(
 ) -> BlockLists:
     """Return the lists for ``sq`` queries and ``sk`` keys in tiles of ``block`` x ``block`` tokens.
 
-    ``own_key`` adds one key behind the others that every query sees (a sink).  ``least``
-    is the smallest size of Qb and Kb; rows and columns of tiles beyond the lengths list nothing.  The tensors
-    are shared: do not write to them.
+    ``own_key`` adds one key behind the others that every query sees (a sink).  ``least`` is the smallest size
+    of Qb and Kb; rows and columns of tiles beyond the lengths list nothing.  The tensors are shared: do not
+    write to them.
 
     Raises:
         UnsupportedError: a predicate that cannot be classed.

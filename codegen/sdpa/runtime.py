@@ -51,7 +51,8 @@ def masked_sdpa(
 ) -> Tensor:
     """Attend where ``keep`` (bool, broadcasts to ``[B, H, Sq, Sk]``) and, if ``causal``, ``k <= q`` hold.
 
-    ``fill`` is what hidden scores get added; ``empty`` says what a query without keys gives: ``uniform``
+    ``fill`` is what hidden scores get added; ``empty`` says what a query without keys gives: ``uniform``,
+    or ``replaced`` when the fill stands in place of the score and blocks its gradient
     (finite fill), ``nan`` or ``zero``.
     """
     looks = not is_traced(q, k, v, keep)

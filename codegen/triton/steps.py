@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from attnc.codegen.triton.inputs import Input, find
-from attnc.ir import AttentionSpec, Bias, Fill, Gain, Scale, Softcap, Step
+from attnc.ir import AttentionSpec, Fill, Gain, Scale, Softcap, Step
 
 LOG2E = math.log2(math.e)
 FP32_MIN = torch.finfo(torch.float32).min

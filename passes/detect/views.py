@@ -127,20 +127,35 @@ def _reshape(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
 
 
 def _permute(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
-    rank = len(index)
-    name = base_name(node)
-    if name == "permute":
-        dims = normal_dims(argument(node, 1, "dims"), rank)
-    else:
-        dims_ = list(range(rank))
-        a, b = (0, 1) if name == "t" else (argument(node, 1, "dim0"), argument(node, 2, "dim1"))
-        if rank >= 2:
-            dims_[a], dims_[b] = dims_[b], dims_[a]
-        dims = tuple(dims_)
-    out = [ZERO] * rank
-    for position, axis in enumerate(dims):
+    out = [ZERO] * len(index)
+    for position, axis in enumerate(_order(node, len(index))):
         out[axis] = index[position]
     return tuple(out)
+
+
+def _order(node: fx.Node, rank: int) -> tuple[int, ...]:
+    """Return which axis of the input each axis of the result is."""
+    name = base_name(node)
+    if name == "permute":
+        return normal_dims(argument(node, 1, "dims"), rank)
+    if name in ("movedim", "moveaxis"):
+        return _moved(node, rank)
+    if name == "numpy_T":
+        return tuple(reversed(range(rank)))
+    a, b = (0, 1) if name == "t" else (-2, -1) if name == "mT" else tuple(node.args[1:3])
+    order = list(range(rank))
+    if rank >= 2:
+        order[a], order[b] = order[b], order[a]
+    return tuple(order)
+
+
+def _moved(node: fx.Node, rank: int) -> tuple[int, ...]:
+    source = normal_dims(argument(node, 1, "source"), rank)
+    target = normal_dims(argument(node, 2, "destination"), rank)
+    order: list[int] = [d for d in range(rank) if d not in source]
+    for at, axis in sorted(zip(target, source, strict=True)):
+        order.insert(at, axis)
+    return tuple(order)
 
 
 def _unsqueeze(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
@@ -160,12 +175,17 @@ def _number_or_node(x: Any) -> Expr | None:
     return None
 
 
+_FAR = 2**62  # what torch writes for "to the end"
+
+
 def _slice(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
     d = argument(node, 1, "dim", 0) % len(index)
     start, step = _number_or_node(argument(node, 2, "start") or 0), argument(node, 4, "step", 1)
     if start is None or not isinstance(step, int):
         return None
-    if not nonneg(start) and argument(node, 3, "end") is None and step == 1:
+    end = argument(node, 3, "end")
+    to_the_end = end is None or (isinstance(end, int) and end >= _FAR) or _number_or_node(end) == shape(src)[d]
+    if not nonneg(start) and to_the_end and step == 1:
         start = sub(shape(src)[d], shape(node)[d])
     elif not nonneg(start):
         start = _from_the_start(start, shape(src)[d])
@@ -230,7 +250,9 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(
         ("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "view_copy"), _reshape
     ),
-    **dict.fromkeys(("permute", "transpose", "t"), _permute),
+    **dict.fromkeys(
+        ("permute", "transpose", "swapaxes", "swapdims", "t", "mT", "numpy_T", "movedim", "moveaxis"), _permute
+    ),
     "unsqueeze": _unsqueeze,
     "expand": _expand,
     "expand_as": _expand,

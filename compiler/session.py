@@ -1,0 +1,74 @@
+"""What ``optimize`` remembers with its result: enough to save, export and emit it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from attnc.errors import RewriteError
+from attnc.passes.rewrite.forms import Forms
+from attnc.pipeline import Outcome
+from attnc.report import Report
+
+if TYPE_CHECKING:
+    from attnc.opening import Opened
+
+
+@dataclass
+class Session:
+    """What ``optimize`` remembers with its result: enough to save, export and emit it."""
+
+    forms: Forms
+    target: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    report: Report
+    dynamic_shapes: Any = "auto"
+    outcomes: list[Outcome] = field(default_factory=list)
+    quantized: tuple[str, ...] = ()
+    source: Opened | None = None
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """The forms as plain data."""
+        return self.forms.to_plan()
+
+    @property
+    def attends(self) -> list[ExportedProgram]:
+        """Captured programs with one ``attend`` node per rewritten site."""
+        return [o.attend for o in self.outcomes if o.attend is not None]
+
+    @property
+    def programs(self) -> list[ExportedProgram]:
+        """Captured programs lowered to plain ATen wherever a plain form exists."""
+        from attnc.codegen.lower import lower
+        from attnc.programs import copy_program, fix_outputs
+
+        out = []
+        for program in self.attends:
+            plain = copy_program(program)
+            lower(plain.graph, portable=True)
+            fix_outputs(plain)
+            plain.graph_module.recompile()
+            out.append(plain)
+        return out
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        return self
+
+
+def session(fast: nn.Module) -> Session:
+    """Return what ``optimize`` remembers with its result.
+
+    Raises:
+        RewriteError: the module did not come from ``optimize``.
+    """
+    state = fast.__dict__.get("_attnc")
+    if not isinstance(state, Session):
+        raise RewriteError(
+            f"expected a module that attnc.optimize returned, found a plain {type(fast).__name__}"
+        )
+    return state
