@@ -186,6 +186,15 @@ def _attend_program(captured: Captured, live: list[_Job]) -> ExportedProgram:
     return program
 
 
+def portable(program: ExportedProgram) -> ExportedProgram:
+    """Return a program at the ``attend`` level lowered to plain ATen wherever a plain form exists."""
+    plain = copy_program(program)
+    lower(plain.graph, portable=True)
+    fix_outputs(plain)
+    plain.graph_module.recompile()
+    return plain
+
+
 # ---------------------------------------------------------------- plan
 
 

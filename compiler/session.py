@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 
 from attnc.errors import RewriteError
 from attnc.passes.rewrite.forms import Forms
-from attnc.pipeline import Outcome
+from attnc.pipeline import Outcome, portable
 from attnc.report import Report
 
 if TYPE_CHECKING:
@@ -44,17 +44,7 @@ class Session:
     @property
     def programs(self) -> list[ExportedProgram]:
         """Captured programs lowered to plain ATen wherever a plain form exists."""
-        from attnc.codegen.lower import lower
-        from attnc.programs import copy_program, fix_outputs
-
-        out = []
-        for program in self.attends:
-            plain = copy_program(program)
-            lower(plain.graph, portable=True)
-            fix_outputs(plain)
-            plain.graph_module.recompile()
-            out.append(plain)
-        return out
+        return [portable(p) for p in self.attends]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         return self

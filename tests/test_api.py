@@ -46,7 +46,10 @@ def llama(**options):
 
 def batch(b, n, mask=None):
     ids = torch.randint(1, 97, (b, n), generator=torch.Generator().manual_seed(b * 1000 + n))
-    return {"input_ids": ids, "attention_mask": torch.ones(b, n, dtype=torch.long) if mask is None else mask}
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones(b, n, dtype=torch.long) if mask is None else mask.clone(),
+    }
 
 
 def hidden(model, inputs):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from attnc.passes.rewrite.apply import Rewriter
 from tests.corpus import ALIKE, CASES, DISTINCT, MISSES, OTHER, Case, Sizes, make_inputs
 from tests.rewriting import Forward, Traced, exported, rounding, traced
 
@@ -181,8 +182,6 @@ def test_an_operand_written_before_the_output_is_not_read_too_late():
     args = make_inputs(CASES["no_scale"])
     t = exported(Forward(attention), args)
     found, _ = t.detect()
-    from attnc.passes.rewrite.apply import Rewriter
-
     editor = Rewriter(t.graph, t.work, t.links)
     live = [x for x in found if not x.match.escapes and editor.blocked(x) is None]
     t.rewrite(live)

@@ -1,0 +1,86 @@
+"""Masks written over the scores: which side is kept, with what value, and what does not hide."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnc.masks import CAUSAL, Full
+from tests.corpus import CASES, make_inputs, positions
+from tests.rewriting import only_spec, traced
+
+NEG = float("-inf")
+
+
+def trace(f, dtype: torch.dtype = torch.float64):
+    q, k, v = make_inputs(CASES["causal_by_tril"], dtype=dtype)
+    return traced(lambda q, k, v: f(q @ k.mT).softmax(-1) @ v, (q, k, v))
+
+
+def keep(w: Tensor) -> Tensor:
+    i, j = positions(w)
+    return j <= i
+
+
+@pytest.mark.parametrize(
+    ("fill", "value"),
+    [
+        (lambda w: w.masked_fill(~keep(w), NEG), NEG),
+        (lambda w: w.masked_fill(~keep(w), -1e9), -1e9),
+        (lambda w: w.masked_fill(keep(w).logical_not(), torch.full((), -5e4, dtype=w.dtype)), -5e4),
+        (lambda w: torch.where(keep(w), w, NEG), NEG),
+        (lambda w: torch.where(~keep(w), torch.full_like(w, -2e4), w), -2e4),
+        (lambda w: torch.where(keep(w), w, w.new_full((), -1e30)), -1e30),
+        (lambda w: torch.masked_fill(w, torch.ones_like(w, dtype=torch.bool).triu(1), NEG), NEG),
+    ],
+)
+def test_masks_over_the_scores(fill, value):
+    spec = only_spec(trace(fill))
+    assert spec.mask == CAUSAL
+    assert spec.fill.how == "replace"
+    assert spec.fill.value == value
+
+
+def test_a_mask_that_hides_nothing_vanishes():
+    assert only_spec(trace(lambda w: torch.where(positions(w)[1] >= 0, w, NEG))).mask == Full()
+
+
+@pytest.mark.parametrize(
+    ("fill", "code"),
+    [
+        (lambda w: w.masked_fill(~keep(w), -9e3), "fill-not-hiding"),
+        (lambda w: w.masked_fill(~keep(w), 0.0), "fill-not-hiding"),
+        (lambda w: w.masked_fill(~keep(w), math.inf), "fill-not-hiding"),
+        (lambda w: torch.where(keep(w), w, torch.arange(w.shape[-1]).to(w.dtype)), "fill-not-hiding"),
+        (lambda w: torch.where(keep(w), w, w * 2), "two-scores-chosen"),
+    ],
+)
+def test_what_is_no_mask_is_refused(fill, code):
+    found, missed = trace(fill).detect()
+    assert not found
+    assert [miss.code for miss, _ in missed] == [code]
+
+
+def test_a_value_beyond_the_type_is_what_the_type_makes_of_it():
+    spec = only_spec(trace(lambda w: torch.where(keep(w), w, -1e30), torch.float16))
+    assert spec.fill.value == NEG
+    spec = only_spec(trace(lambda w: torch.where(keep(w), w, -1e30), torch.bfloat16))
+    assert spec.fill.value == pytest.approx(-1e30, rel=2**-8)
+
+
+def test_scaling_a_masked_score_scales_what_stands_in_its_place():
+    assert only_spec(trace(lambda w: w.masked_fill(~keep(w), -4e4) * 0.5)).fill.value == -2e4
+    assert only_spec(trace(lambda w: w.masked_fill(~keep(w), NEG) * 0.5)).fill.value == NEG
+    overflow = trace(lambda w: w.masked_fill(~keep(w), torch.finfo(w.dtype).min) * 4.0, torch.float32)
+    assert only_spec(overflow).fill.value == NEG
+    found, missed = trace(lambda w: w.masked_fill(~keep(w), NEG) * -0.5).detect()
+    assert not found
+    assert missed[0][0].code == "mask-times-negative"
+
+
+def test_a_shift_of_the_scores_shifts_a_mild_fill():
+    spec = only_spec(trace(lambda w: (w + 500.0).masked_fill(~keep(w), -1e4)))
+    assert spec.fill.value == -10500.0
