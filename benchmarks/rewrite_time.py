@@ -72,9 +72,7 @@ def main() -> int:
     mx, my = statistics.mean(xs), statistics.mean(ys)
     exponent = sum((x - mx) * (y - my) for x, y in zip(xs, ys, strict=True)) / sum((x - mx) ** 2 for x in xs)
     worst = max(t * 1e3 / n for n, t in points)
-    print(
-        f"growth {exponent:.2f} (limit {LIMIT_EXPONENT}); worst {worst:.3f} ms/node (limit {LIMIT_MS})"
-    )
+    print(f"growth {exponent:.2f} (limit {LIMIT_EXPONENT}); worst {worst:.3f} ms/node (limit {LIMIT_MS})")
     return int(worst > LIMIT_MS or exponent > LIMIT_EXPONENT)
 
 

@@ -246,15 +246,43 @@ def _looks(x: Any) -> Any:
     return (type(x).__name__, x)
 
 
-def erase(graph: fx.Graph, roots: Iterable[fx.Node], keep: frozenset[str] = frozenset()) -> list[str]:
+class SharedMemory:
+    """Which nodes of a graph share memory, if any node writes at all; worked out at the first question.
+
+    Nodes that are added later share nothing that is known here.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self._groups: dict[fx.Node, int] | None = None
+
+    def of(self, node: fx.Node) -> list[fx.Node]:
+        """Return the nodes that share written memory with ``node``, itself included; else ``node`` alone."""
+        if self._groups is None:
+            written = any(writes(n) for n in self.graph.nodes)
+            self._groups = storage_groups(self.graph) if written else {}
+        group = self._groups.get(node)
+        return (
+            [n for n, g in self._groups.items() if g == group and not n._erased]
+            if group is not None
+            else [node]
+        )
+
+
+def erase(
+    graph: fx.Graph,
+    roots: Iterable[fx.Node],
+    keep: frozenset[str] = frozenset(),
+    shared: SharedMemory | None = None,
+) -> list[str]:
     """Erase nodes that have no users, from ``roots`` backwards, whatever fx thinks of their purity.
 
     Inputs of the graph and nodes named in ``keep`` stay, and so do ops that write to memory which anybody
-    else may read. Returns the names of what is gone.
+    else may read. ``shared`` spares asking again which those are. Returns the names of what is gone.
     """
     gone: list[str] = []
     stack = list(roots)
-    groups: dict[fx.Node, int] = {}
+    shared = shared or SharedMemory(graph)
 
     def drop(node: fx.Node) -> None:
         stack.extend(node.all_input_nodes)
@@ -268,13 +296,10 @@ def erase(graph: fx.Graph, roots: Iterable[fx.Node], keep: frozenset[str] = froz
         for user in list(node.users):
             if _metadata_only(user) or (not user.users and user.op == "call_function" and not writes(user)):
                 drop(user)
-        if node.users:
-            continue
-        if not writes(node):
+        if not node.users and not writes(node):
             drop(node)
             continue
-        groups = groups or storage_groups(graph)
-        alike = [n for n, g in groups.items() if g == groups.get(node) and not n._erased]
+        alike = shared.of(node)
         if all(n.op == "call_function" and n.name not in keep and set(n.users) <= set(alike) for n in alike):
             for n in reversed(alike):
                 drop(n)

@@ -1,4 +1,6 @@
-"""Spellings of attention, and what each must be found to be; near misses, which must not be found or be right.
+"""Spellings of attention, and what each must be found to be.
+
+Near misses, which must not be found or be right.
 
 A case is a function of tensors.  Its inputs are named in one text and made by ``make_inputs`` from a table of
 shapes, so that the same case runs at sizes that all differ (primes) and at sizes that are all alike.
@@ -19,7 +21,10 @@ NEG = float("-inf")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Batch, key/value heads, query heads per key/value head, queries, keys, features of keys and of values."""
+    """Batch, key/value heads, query heads per key/value head, queries, keys.
+
+    Features of keys and of values.
+    """
 
     b: int = 2
     h: int = 3
@@ -37,7 +42,10 @@ OTHER = Sizes(3, 3, 5, 11, 19, 11, 13)
 
 @dataclass(frozen=True)
 class Case:
-    """One spelling.  ``mask`` is the closed form as described, ``steps`` the kinds of score steps, in order."""
+    """One spelling.  ``mask`` is the closed form as described, ``steps`` the kinds of score steps.
+
+    In order.
+    """
 
     f: Callable[..., Tensor]
     inputs: str
@@ -57,7 +65,9 @@ CASES: dict[str, Case] = {}
 MISSES: dict[str, Case] = {}
 
 
-def spelling(inputs: str = "q k v", **facts: object) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+def spelling(
+    inputs: str = "q k v", **facts: object
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Put a function into the corpus."""
 
     def add(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -128,7 +138,10 @@ _SHAPES: dict[str, Callable[[Sizes], tuple[int, ...]]] = {
 
 
 def _padded(b: int, n: int) -> Tensor:
-    """Return a validity table: the first row is padded on the left, the last on the right, others not at all."""
+    """Return a validity table: the first row is padded on the left, the last on the right.
+
+    Others not at all.
+    """
     keep = torch.ones(b, n, dtype=torch.int64)
     keep[0, : n // 2], keep[-1, n - n // 3 :] = 0, 0
     return keep
@@ -417,7 +430,7 @@ def grouped_by_repeat_interleave(q, k, v):
 
 @spelling("gq k v", group="g")
 def grouped_by_five_axes(q, k, v):
-    b, h, t, d = k.shape
+    b, h, _t, d = k.shape
     q5 = q.view(b, h, q.shape[1] // h, q.shape[2], d)
     w = torch.einsum("bhgsd,bhtd->bhgst", q5, k) / math.sqrt(d)
     return torch.einsum("bhgst,bhte->bhgse", w.softmax(-1), v).flatten(1, 2)
@@ -425,7 +438,7 @@ def grouped_by_five_axes(q, k, v):
 
 @spelling("gq k v", group="g")
 def grouped_by_broadcast(q, k, v):
-    b, h, t, d = k.shape
+    b, h, _t, d = k.shape
     q5 = q.reshape(b, h, q.shape[1] // h, q.shape[2], d)
     return (scaled(q5, k.unsqueeze(2)).softmax(-1) @ v.unsqueeze(2)).reshape(b, q.shape[1], q.shape[2], -1)
 
@@ -907,7 +920,7 @@ def floor_of_the_division(q, k, v):
 
 @near_miss("qs ks vs residual")
 def values_added_to_a_residual(q, k, v, residual):
-    b, h, s, d = q.shape
+    b, h, s, _d = q.shape
     q, k, v = (x.reshape(b * h, s, x.shape[-1]) for x in (q, k, v))
     return torch.baddbmm(residual, scaled(q, k).softmax(-1), v, beta=1, alpha=0.5)
 

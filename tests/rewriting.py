@@ -20,7 +20,10 @@ from attnc.passes.rewrite.apply import Rewriter
 
 @dataclass
 class Traced:
-    """A graph to detect on, the graph to edit, how names of the first lead to the second, and how to run it."""
+    """A graph to detect on, the graph to edit, how names of the first lead to the second.
+
+    And how to run it.
+    """
 
     work: fx.Graph
     graph: fx.Graph

@@ -102,7 +102,9 @@ def connected(inner):
     two = st.tuples(inner, inner)
     return st.one_of(
         inner.map(lambda p: Pair(E.not_(p.expr), lambda env: not p.value(env))),
-        two.map(lambda p: Pair(E.and_(p[0].expr, p[1].expr), lambda env: p[0].value(env) and p[1].value(env))),
+        two.map(
+            lambda p: Pair(E.and_(p[0].expr, p[1].expr), lambda env: p[0].value(env) and p[1].value(env))
+        ),
         two.map(lambda p: Pair(E.or_(p[0].expr, p[1].expr), lambda env: p[0].value(env) or p[1].value(env))),
     )
 

@@ -1,4 +1,7 @@
-"""Masks mean what they say: tiles, joins and the question of empty rows, each against the mask written out."""
+"""Masks mean what they say: tiles, joins and the question of empty rows.
+
+Each against the mask written out.
+"""
 
 from __future__ import annotations
 

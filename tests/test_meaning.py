@@ -103,7 +103,7 @@ def test_every_exported_spelling_computes_the_same_when_rewritten(name, dynamic)
         assert_equal(t.run(*inputs), case.f(*inputs), inputs, z)
 
 
-# ---------------------------------------------------------------- programs with everything around the attention
+# ---------------------------------------------------------------- programs with more around the attention
 
 
 class Layer(nn.Module):
@@ -152,7 +152,11 @@ def test_a_model_with_edits_in_place_computes_the_same(dynamic):
     t = exported(model, (x, valid), dynamic=dynamic)
     assert rewritten(t) == attends(t) == 2
     left = {n.target for n in t.graph.nodes}
-    assert not left & {torch.ops.aten.softmax.int, torch.ops.aten.masked_fill_.Scalar, torch.ops.aten.matmul.default}
+    assert not left & {
+        torch.ops.aten.softmax.int,
+        torch.ops.aten.masked_fill_.Scalar,
+        torch.ops.aten.matmul.default,
+    }
     with torch.no_grad():
         expected, found = model(x, valid), t.run(x, valid)
     # Eight sums of 30 terms follow one another; each may turn the last bits of values of size 10.

@@ -30,7 +30,15 @@ from attnc.ir import (
 from attnc.passes.detect.arithmetic import rounded
 from attnc.passes.detect.env import Env, RawBias, RawGain, RawMask
 from attnc.passes.detect.found import Computed, Found
-from attnc.passes.detect.graph import argument, module_path, shape, source_line, tensor_of, users
+from attnc.passes.detect.graph import (
+    argument,
+    module_path,
+    reads_size_only,
+    shape,
+    source_line,
+    tensor_of,
+    users,
+)
 from attnc.passes.detect.layout import Recipe, digits, from_roles, size_of, to_roles
 from attnc.passes.detect.masks.lift import Positions, lift
 from attnc.passes.detect.roles import Atoms, Candidate, Roles, assign, choose
@@ -274,11 +282,12 @@ def _add_bias(d: _Draft, at: At, sign: Literal[1, -1]) -> None:
 
     Scores replaced by a huge negative number and then added to are that number plus the tensor, which is what
     adding both to the score gives: the score is lost in rounding either way.  The sum matters to a query that
-    sees no key, where the tensor holds huge negative numbers too.
+    sees no key, where the tensor holds huge negative numbers too.  A tensor that was added before might hold
+    such numbers as well, and they are not lost.
     """
     if d.mask is not None and d.mask.how == "replace" and math.isfinite(d.mask.value):
-        if d.mask.value > HUGE:
-            d.refuse("bias-after-mask", f"a bias is added after hidden scores became {d.mask.value:g}")
+        if d.mask.value > HUGE or any(isinstance(step, Bias) for step in d.steps):
+            d.refuse("bias-after-mask", f"a tensor is added after hidden scores became {d.mask.value:g}")
         d.mask = replace(d.mask, how="add", at=None)
     d.steps.append(Bias(_score_operand(d, at), sign))
 
@@ -407,9 +416,7 @@ def _norm(d: _Draft, env: Env) -> Softmax:
 # ---------------------------------------------------------------- region
 
 
-def _region(
-    s: Skeleton, chosen: dict[str, Candidate], read: set[str]
-) -> tuple[set[str], tuple[str, ...]]:
+def _region(s: Skeleton, chosen: dict[str, Candidate], read: set[str]) -> tuple[set[str], tuple[str, ...]]:
     """Return the nodes that die with the site, and interior nodes whose values are used outside.
 
     A node outside whose value only goes into the site dies too, unless it is in ``read``: what operands are
@@ -420,12 +427,17 @@ def _region(
         for n in c.skipped:
             inside.setdefault(n.name, n)
     core = sorted({n.name for n in s.interior} - {s.output.name})
-    outside = [u for name in core for u in users(inside[name]) if u.name not in inside]
+    outside = [u for name in core for u in _readers(inside[name]) if u.name not in inside]
     while absorbed := [u for u in outside if u.name not in read and _only_feeds(u, inside)]:
         inside |= {u.name: u for u in absorbed}
         outside = [u for u in outside if u.name not in inside]
-    escapes = [name for name in core if any(u.name not in inside for u in users(inside[name]))]
+    escapes = [name for name in core if any(u.name not in inside for u in _readers(inside[name]))]
     return set(inside), tuple(escapes)
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Return the users of the elements of a node; its sizes can be had from elsewhere."""
+    return [u for u in users(node) if not reads_size_only(u)]
 
 
 def _only_feeds(node: fx.Node, inside: Mapping[str, fx.Node]) -> bool:

@@ -23,7 +23,9 @@ logsumexp layer_norm native_layer_norm rms_norm group_norm batch_norm convolutio
 embedding scaled_dot_product_attention sum mean amax amin max_pool2d topk sort gather scatter index_put
 cumsum cumprod prod var std linalg_vector_norm norm argmax
 """
-_METADATA_READERS = "zeros_like ones_like full_like empty_like rand_like new_zeros new_ones new_full new_empty"
+_METADATA_READERS = (
+    "zeros_like ones_like full_like empty_like rand_like new_zeros new_ones new_full new_empty"
+)
 BARRIERS = frozenset(_BARRIER_NAMES.split() + _METADATA_READERS.split())
 
 

@@ -81,6 +81,11 @@ def is_float_cast(node: fx.Node) -> bool:
     return here.dtype.is_floating_point and there.dtype.is_floating_point
 
 
+def reads_size_only(node: fx.Node) -> bool:
+    """Say whether the node reads a symbolic size of its input and no element."""
+    return base_name(node) == "sym_size"
+
+
 def users(node: fx.Node) -> tuple[fx.Node, ...]:
     """Return the users of a node's value; metadata asserts and pure calls that nobody reads do not count."""
     return tuple(u for u in node.users if base_name(u) not in METADATA_ONLY and not _dead(u))

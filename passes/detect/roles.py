@@ -163,7 +163,9 @@ def choose(s: Skeleton, env: Env) -> dict[str, list[Candidate]] | Miss:
 
 
 def _cuts_beside(s: Skeleton) -> dict[Expr, Expr]:
-    """Return the cuts that tensors beside the scores need: batch and heads, where they are one axis of the scores.
+    """Return the cuts that tensors beside the scores need.
+
+    Batch and heads, where they are one axis of the scores.
 
     Only atoms of the keys and values are cut, and never the keys' positions: a bias of blocks stays one.
     """
@@ -192,7 +194,8 @@ def assign(s: Skeleton, chosen: dict[str, list[Candidate]]) -> Roles | Miss:
     feature = tuple(a for a in q if a in k and a in s.features)
     if len(feature) < len(s.features):
         return Miss("repeated-features", s.scores.node.name, "an operand is constant along a summed axis")
-    anchor = [a for i, x in enumerate(s.weights) if i != s.anchor.dim for a in _ordered(x)]
+    axes = [_ordered(x) for i, x in enumerate(s.weights) if i != s.anchor.dim]
+    anchor = [a for axis in axes for a in axis]
     value = tuple(a for a in v if a not in anchor and a not in key)
     shared = [a for a in anchor if a in k or a in v]
     alone = [a for a in anchor if a not in k and a not in v]
@@ -203,9 +206,12 @@ def assign(s: Skeleton, chosen: dict[str, list[Candidate]]) -> Roles | Miss:
         return Miss(
             "operand-atoms", s.scores.node.name, f"an operand varies along {stray}, which the scores do not"
         )
-    query = _query(s, alone, key)
+    # What shares an axis of the scores with heads of the keys is a group of heads, even for a single query.
+    grouped = {a for axis in axes if set(axis) & set(shared) for a in axis if a in alone}
+    query = _query(s, [a for a in alone if a not in grouped], key)
     group = tuple(a for a in alone if a not in query)
-    head = tuple(shared[-1:]) if len(shared) > 1 or (shared and group) else ()
+    one_batch = (len(axes) > 2 and not axes[0]) or s.sink is not None
+    head = tuple(shared[-1:]) if len(shared) > 1 or (shared and (group or one_batch)) else ()
     return Roles(tuple(a for a in shared if a not in head), head, group, query, key, feature, value)
 
 

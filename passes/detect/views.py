@@ -142,7 +142,8 @@ def _order(node: fx.Node, rank: int) -> tuple[int, ...]:
         return _moved(node, rank)
     if name == "numpy_T":
         return tuple(reversed(range(rank)))
-    a, b = (0, 1) if name == "t" else (-2, -1) if name == "mT" else tuple(node.args[1:3])
+    pair: tuple[Any, Any] = (argument(node, 1, "dim0"), argument(node, 2, "dim1"))
+    a, b = (0, 1) if name == "t" else (-2, -1) if name == "mT" else pair
     order = list(range(rank))
     if rank >= 2:
         order[a], order[b] = order[b], order[a]
@@ -184,7 +185,9 @@ def _slice(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
     if start is None or not isinstance(step, int):
         return None
     end = argument(node, 3, "end")
-    to_the_end = end is None or (isinstance(end, int) and end >= _FAR) or _number_or_node(end) == shape(src)[d]
+    to_the_end = (
+        end is None or (isinstance(end, int) and end >= _FAR) or _number_or_node(end) == shape(src)[d]
+    )
     if not nonneg(start) and to_the_end and step == 1:
         start = sub(shape(src)[d], shape(node)[d])
     elif not nonneg(start):
@@ -251,7 +254,8 @@ _RULES: dict[str, _Rule] = {
         ("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "view_copy"), _reshape
     ),
     **dict.fromkeys(
-        ("permute", "transpose", "swapaxes", "swapdims", "t", "mT", "numpy_T", "movedim", "moveaxis"), _permute
+        ("permute", "transpose", "swapaxes", "swapdims", "t", "mT", "numpy_T", "movedim", "moveaxis"),
+        _permute,
     ),
     "unsqueeze": _unsqueeze,
     "expand": _expand,

@@ -10,12 +10,12 @@ import torch
 from torch import fx
 
 from attnc import expr as E
-from attnc.editing import Builder, erase
+from attnc.editing import Builder, SharedMemory, erase
 from attnc.errors import RewriteError
 from attnc.expr import Expr
 from attnc.ir import AttentionSpec, Miss
 from attnc.passes.detect.found import Computed, Found
-from attnc.passes.detect.graph import strides
+from attnc.passes.detect.graph import reads_size_only, strides
 from attnc.passes.detect.layout import Recipe
 from attnc.passes.rewrite.predicates import emit
 from attnc.printer import parse
@@ -46,6 +46,7 @@ class Rewriter:
         self.nodes: dict[str, fx.Node] = {n.name: n for n in graph.nodes}
         self.work = {n.name: n for n in work.nodes}
         self.build = Builder(graph)
+        self.shared = SharedMemory(graph)
         self.order = {n.name: i for i, n in enumerate(graph.nodes)}
         self.switches = [i for i, n in enumerate(graph.nodes) if any(s in str(n.target) for s in _SWITCHES)]
 
@@ -73,6 +74,8 @@ class Rewriter:
             )
             return Miss("no-link", str(e), why)
         unknown = self._unknown_sizes(recipes, found.result, sources[0])
+        read = [dim(u.meta["val"]) for u in self._size_readers(found)]
+        unknown += [size for size in read if not self.build.knows(size)]
         if unknown:
             return Miss(
                 "size-not-known", anchor, f"size {unknown[0]} is no polynomial of sizes of the inputs"
@@ -128,9 +131,28 @@ class Rewriter:
                 aten.clone.default, value, memory_format=torch.contiguous_format
             )  # for later views
         out.replace_all_uses_with(value, propagate_meta=False)
-        erase(self.graph, [out])
+        for user in self._size_readers(found):
+            self._read_size_elsewhere(user)
+        erase(self.graph, [out], shared=self.shared)
         self._assert_gone(found)
         return value.name
+
+    def _size_readers(self, found: Found) -> list[fx.Node]:
+        """Return the nodes that read a size off a node of the region."""
+        region = [self.nodes.get(self.links.get(n, "")) for n in sorted(found.match.region)]
+        alive = [n for n in region if n is not None and not n._erased]
+        return [u for n in alive for u in n.users if reads_size_only(u)]
+
+    def _read_size_elsewhere(self, reader: fx.Node) -> None:
+        """Give the users of a size of the region the same size of an input."""
+        size = self.build.size(dim(reader.meta["val"]))
+        if isinstance(size, fx.Node):
+            reader.replace_all_uses_with(size, propagate_meta=False)
+        else:
+            for user in list(reader.users):
+                user.args = fx.node.map_arg(user.args, lambda n: size if n is reader else n)
+                user.kwargs = fx.node.map_arg(user.kwargs, lambda n: size if n is reader else n)
+        self.graph.erase_node(reader)
 
     def _captured(self, r: Any, q: fx.Node) -> fx.Node:
         if isinstance(r, Computed):

@@ -101,8 +101,7 @@ def _aligned(mask: M.Mask, at: Positions) -> M.Mask:
         return type(mask)(tuple(_aligned(p, at) for p in mask.parts))
     if isinstance(mask, M.Not):
         return M.Not(_aligned(mask.part, at))
-    ends = isinstance(mask, M.Band) and mask.align == "start" and gap and mask.right == gap
-    if ends and isinstance(mask, M.Band):
+    if isinstance(mask, M.Band) and mask.align == "start" and gap and mask.right == gap:
         return M.Band(None if mask.left is None else mask.left + gap, 0, "end")
     return mask
 

@@ -1,4 +1,7 @@
-"""Derived values of masks are the executed ones, element by element, and what cannot be derived stays opaque."""
+"""Derived values of masks are the executed ones, element by element.
+
+And what cannot be derived stays opaque.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,9 @@ NEG = float("-inf")
 Build = Callable[..., Tensor]
 
 
-def traced(f: Build, args: tuple[Tensor, ...] = (), symbolic: bool = False) -> tuple[fx.Node, dict[str, Tensor]]:
+def traced(
+    f: Build, args: tuple[Tensor, ...] = (), symbolic: bool = False
+) -> tuple[fx.Node, dict[str, Tensor]]:
     """Return the node of the result and the inputs by the names of their nodes."""
     mode = "symbolic" if symbolic else "fake"
     anchor = torch.zeros(S, T)
@@ -90,11 +95,18 @@ CALLS: dict[str, Callable[..., float | int | bool]] = {
 }
 
 
-def assert_same_everywhere(e: Expr, value: Tensor, inputs: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
+def assert_same_everywhere(
+    e: Expr, value: Tensor, inputs: Mapping[str, Tensor], sizes: Mapping[str, int]
+) -> None:
     for place in itertools.product(*map(range, value.shape)):
         env = {**sizes, **{f"i{d}": p for d, p in enumerate(place)}}
         found, expected = compute(e, env, inputs), value[place].item()
-        assert found == expected or (found != found and expected != expected), (place, found, expected, str(e))
+        assert found == expected or (found != found and expected != expected), (
+            place,
+            found,
+            expected,
+            str(e),
+        )
 
 
 def anchor_of(inputs: Mapping[str, Tensor]) -> Tensor:
@@ -125,7 +137,9 @@ CLOSED: dict[str, Build] = {
     "or": lambda z: (k(z) > q(z)) | (k(z) < 2),
     "xor": lambda z: (k(z) > q(z)) ^ (k(z) < 2),
     "not": lambda z: ~(k(z) > q(z)),
-    "logical": lambda z: torch.logical_and(torch.logical_not(k(z) > q(z)), torch.logical_or(k(z) < 2, k(z) > 3)),
+    "logical": lambda z: torch.logical_and(
+        torch.logical_not(k(z) > q(z)), torch.logical_or(k(z) < 2, k(z) > 3)
+    ),
     "abs": lambda z: (q(z) - k(z)).abs() <= 2,
     "tril": lambda z: torch.ones(z.shape, dtype=torch.bool).tril(1),
     "triu": lambda z: torch.ones(z.shape).triu(-1) == 0,
@@ -134,7 +148,9 @@ CLOSED: dict[str, Build] = {
     "where": lambda z: torch.where(k(z) <= q(z), 0.0, -1e9),
     "nested where": lambda z: torch.where(k(z) <= q(z), torch.where(k(z) < 2, 1.0, 2.0), -3.0),
     "masked fill": lambda z: torch.zeros(z.shape).masked_fill(k(z) > q(z), NEG),
-    "fill of a fill": lambda z: torch.zeros(z.shape).masked_fill(k(z) > q(z), -2.0).masked_fill(k(z) < 1, 3.0),
+    "fill of a fill": lambda z: (
+        torch.zeros(z.shape).masked_fill(k(z) > q(z), -2.0).masked_fill(k(z) < 1, 3.0)
+    ),
     "one minus a mask": lambda z: (1.0 - (k(z) <= q(z)).float()) * torch.finfo(torch.float32).min,
     "integers of a mask": lambda z: (k(z) <= q(z)).long() * 3 - 1,
     "mask of integers": lambda z: ((k(z) <= q(z)).int() * 2).bool(),
@@ -165,8 +181,8 @@ CLOSED: dict[str, Build] = {
     "diff": lambda z: torch.diff(torch.arange(z.shape[1]) * 3),
     "diff with prepend": lambda z: torch.diff(k(z)[0], prepend=k(z)[0, :1] - 1) != 1,
     "packed sequences": lambda z: (
-        (torch.diff(k(z), prepend=k(z)[:, :1] - 1, dim=-1) != 1).cumsum(-1)[:, :1].T
-        == (torch.diff(k(z), prepend=k(z)[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+        (torch.diff(k(z), prepend=k(z)[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+        == (torch.diff(k(z), prepend=k(z)[:, :1] - 1, dim=-1) != 1).cumsum(-1)[:, :1].T
     ),
     "zeros and ones": lambda z: torch.zeros_like(z) + torch.ones_like(z) * 2 + z.new_full((), 4.0),
     "type as": lambda z: (k(z) <= q(z)).type_as(z),
@@ -175,7 +191,9 @@ CLOSED: dict[str, Build] = {
 
 # Rounded or wrapped when computed with the mask's own type, or not integers at all.
 OPAQUE: dict[str, Build] = {
-    "positions beyond bfloat16": lambda z: (k(z) * 300).to(torch.bfloat16) <= (q(z) * 300 + 1).to(torch.bfloat16),
+    "positions beyond bfloat16": lambda z: (
+        (k(z) * 300).to(torch.bfloat16) <= (q(z) * 300 + 1).to(torch.bfloat16)
+    ),
     "positions beyond half": lambda z: (k(z) * 3000).half() <= (q(z) * 3000 + 1).half(),
     "unsigned difference": lambda z: q(z).to(torch.uint8) - k(z).to(torch.uint8) > 3,
     "bytes that wrap": lambda z: (q(z) * 100).to(torch.int8) < k(z),
@@ -205,7 +223,9 @@ def test_masks_made_of_positions_are_closed_and_equal_the_executed_ones(name):
     assert (value.op in ("true", "false") or E.is_bool(value)) == (node.meta["val"].dtype == torch.bool)
 
 
-@pytest.mark.parametrize("name", ["and", "tril", "where", "chunks", "pad", "packed sequences", "flipped positions"])
+@pytest.mark.parametrize(
+    "name", ["and", "tril", "where", "chunks", "pad", "packed sequences", "flipped positions"]
+)
 def test_masks_of_symbolic_lengths_hold_at_other_lengths(name):
     value, node, _ = derive(CLOSED[name], symbolic=True)
     assert is_closed(value), str(value)

@@ -1,4 +1,7 @@
-"""Spellings of one meaning are found to be one spec, and what only looks like attention is refused by name."""
+"""Spellings of one meaning are found to be one spec.
+
+And what only looks like attention is refused by name.
+"""
 
 from __future__ import annotations
 

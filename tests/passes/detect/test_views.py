@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnc import expr as E
@@ -121,7 +121,19 @@ def copies(r: random.Random, sizes: list[int]) -> Step:
 
 
 KINDS = [
-    *(permute, transpose, move, reshape, reshape, split_axis, split_axis, join_axes, join_axes, unsqueeze, squeeze),
+    *(
+        permute,
+        transpose,
+        move,
+        reshape,
+        reshape,
+        split_axis,
+        split_axis,
+        join_axes,
+        join_axes,
+        unsqueeze,
+        squeeze,
+    ),
     *(expand, slices, select, piece, repeat, repeat_interleave, copies),
 ]
 

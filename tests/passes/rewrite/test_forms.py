@@ -67,7 +67,10 @@ def test_quantized_projections_alone_fuse_the_attention_too():
         ("flash", r"forms for '\*': expected one of fused, sliding_window, w8a8, found 'flash'"),
         ({"layers.0": "flash"}, "forms for 'layers.0': expected one of"),
         ("sliding_window", "sliding_window needs other options"),
-        ("sliding_window(window=4, width=3)", r"has the options \['window', 'sinks', 'causal'\], found \['width'\]"),
+        (
+            "sliding_window(window=4, width=3)",
+            r"has the options \['window', 'sinks', 'causal'\], found \['width'\]",
+        ),
         ("fused(window=4)", r"fused has the options none, found \['window'\]"),
         ("sliding_window(4)", "expected text such as 'fused' or"),
         ("sliding_window(window=4", "expected text such as"),

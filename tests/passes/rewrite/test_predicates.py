@@ -19,7 +19,9 @@ MASKS = {
     "other documents": lambda i, j, ids, valid: (ids[:, None, :, None] != ids[:, None, None, :]) | (i == j),
     "document order": lambda i, j, ids, valid: ids[:, None, :, None] >= ids[:, None, None, :] - 1,
     "positions and data": lambda i, j, ids, valid: j <= ids[:, None, :, None] * 2 + 1,
-    "both ends valid": lambda i, j, ids, valid: (valid[:, None, :, None] > 0) & (valid[:, None, None] > 0) | (i == j),
+    "both ends valid": lambda i, j, ids, valid: (
+        (valid[:, None, :, None] > 0) & (valid[:, None, None] > 0) | (i == j)
+    ),
     "lengths": lambda i, j, ids, valid: j < valid.sum(-1)[:, None, None, None] + 1,
     "shifted data": lambda i, j, ids, valid: (valid[:, None, None] > 0) | (j < 2),
     "small integers": lambda i, j, ids, valid: (

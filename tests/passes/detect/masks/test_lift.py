@@ -91,9 +91,7 @@ leaves = st.one_of(comparisons, comparisons, loads)
 
 def connected(inner):
     several = st.lists(inner, min_size=2, max_size=3)
-    return st.one_of(
-        inner.map(E.not_), several.map(lambda x: E.and_(*x)), several.map(lambda x: E.or_(*x))
-    )
+    return st.one_of(inner.map(E.not_), several.map(lambda x: E.and_(*x)), several.map(lambda x: E.or_(*x)))
 
 
 conditions = st.recursive(leaves, connected, max_leaves=6)

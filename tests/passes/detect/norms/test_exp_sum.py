@@ -1,4 +1,7 @@
-"""Anchors spelled out as exponentials over their sum: each divided by the sum of its own row, or not at all."""
+"""Anchors spelled out as exponentials over their sum.
+
+Each divided by the sum of its own row, or not at all.
+"""
 
 from __future__ import annotations
 

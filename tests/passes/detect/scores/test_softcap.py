@@ -30,7 +30,9 @@ def trace(f):
 )
 def test_spellings_of_a_cap(f):
     spec = only_spec(trace(f))
-    assert [type(x) for x in spec.scores if not (isinstance(x, Scale) and abs(x.factor - 1) < 1e-12)] == [Softcap]
+    assert [type(x) for x in spec.scores if not (isinstance(x, Scale) and abs(x.factor - 1) < 1e-12)] == [
+        Softcap
+    ]
     assert spec.scores[-1].cap == pytest.approx(50.0, rel=1e-12)
 
 

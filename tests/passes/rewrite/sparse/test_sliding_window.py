@@ -36,7 +36,9 @@ def kept(mask: Mask) -> Tensor:
     return mask.keep(grid).expand(2, 1, S, S)
 
 
-@pytest.mark.parametrize("mask", [Full(), CAUSAL, Padding("c0"), both(CAUSAL, Padding("c0")), Band(5, 0)], ids=str)
+@pytest.mark.parametrize(
+    "mask", [Full(), CAUSAL, Padding("c0"), both(CAUSAL, Padding("c0")), Band(5, 0)], ids=str
+)
 @pytest.mark.parametrize("sinks", [0, 2])
 @pytest.mark.parametrize("causal", [None, True, False])
 @pytest.mark.parametrize("window", [1, 3, 20])
