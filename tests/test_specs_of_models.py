@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -73,6 +74,7 @@ MODELS: dict[str, tuple[Callable[[], torch.nn.Module], bool]] = {
 }
 
 
+@cache
 def prepare(name: str, dynamic: bool = False) -> tuple[torch.nn.Module, Traced, dict[str, torch.Tensor]]:
     make, padded = MODELS[name]
     torch.manual_seed(0)

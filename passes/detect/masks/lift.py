@@ -8,8 +8,8 @@ nothing is assumed about it. Source: the project's detection notes, section 4.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from attnc import expr as E
 from attnc import masks as M
@@ -91,7 +91,21 @@ def lift(keep: Expr, at: Positions, first_name: int) -> Lifted:
             )
         return join(*done)  # type: ignore[operator, no-any-return]
 
-    return Lifted(_aligned(go(keep), at), tuple(operands))
+    mask = _aligned(go(keep), at)
+    read = [o for o in operands if o[0] in mask.operands]
+    names = {o[0]: f"c{first_name + i}" for i, o in enumerate(read)}
+    return Lifted(_renamed(mask, names), tuple((names[n], axes, value) for n, axes, value in read))
+
+
+def _renamed(mask: M.Mask, names: Mapping[str, str]) -> M.Mask:
+    """Give the operands of a mask new names."""
+    if isinstance(mask, M.And | M.Or):
+        return type(mask)(tuple(_renamed(p, names) for p in mask.parts))
+    if isinstance(mask, M.Not):
+        return M.Not(_renamed(mask.part, names))
+    if isinstance(mask, M.Padding | M.Dense):
+        return replace(mask, operand=names[mask.operand])
+    return mask
 
 
 def _aligned(mask: M.Mask, at: Positions) -> M.Mask:
