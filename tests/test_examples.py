@@ -1,4 +1,7 @@
-"""Run every script in examples/, each in a folder of its own so that what it writes stays out of the tree."""
+"""Run every script in examples/, each in a folder of its own so that what it writes stays out of the tree.
+
+Slow: `make demo` runs the same script, and continuous integration runs that.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SECONDS = 400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
 def test_example_runs(path, tmp_path):
     # A long example offers --quick, which shows the same things on less.
