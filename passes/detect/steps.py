@@ -1,0 +1,207 @@
+"""Write what stands between the scores and the weights: steps, one mask, the normalizer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from attnc import expr as E
+from attnc import masks as M
+from attnc.expr import Expr
+from attnc.ir import Bias, Fill, Gain, Miss, Scale, Softcap, Softmax
+from attnc.passes.detect.arithmetic import rounded
+from attnc.passes.detect.draft import Draft, Refusal
+from attnc.passes.detect.env import Env, RawBias, RawGain, RawMask
+from attnc.passes.detect.found import Computed
+from attnc.passes.detect.graph import tensor_of
+from attnc.passes.detect.layout import size_of, to_roles
+from attnc.passes.detect.masks.lift import Positions, lift
+from attnc.passes.detect.roles import Atoms
+from attnc.passes.detect.views import At, stepped
+
+HUGE = -1e30
+
+
+def write_steps(d: Draft, env: Env) -> None:
+    """Turn raw mods into steps and one mask, moving masks outwards where that changes nothing."""
+    for mod in d.skeleton.mods:
+        if isinstance(mod, Scale):
+            _add_scale(d, mod)
+        elif isinstance(mod, Softcap):
+            if d.mask is not None:
+                d.refuse(
+                    "mask-inside-softcap", "the mask is applied before the soft cap, so it hides nothing"
+                )
+            d.refuse_shift("a constant is added to the scores before the soft cap")
+            d.steps.append(mod)
+        elif isinstance(mod, RawBias):
+            _add_bias(d, mod.at, mod.sign)
+        elif isinstance(mod, RawGain):
+            if d.mask is not None or mod.inverse:
+                d.refuse("gain", "a tensor divides the scores, or multiplies masked ones")
+            d.refuse_shift("a constant is added to the scores before they are multiplied by a tensor")
+            d.steps.append(Gain(_score_operand(d, mod.at)))
+        elif isinstance(mod, RawMask):
+            _add_mask(d, mod, env)
+        else:
+            d.shift += mod.value
+    if not math.isfinite(d.shift):
+        d.refuse("shift-not-finite", f"{d.shift} is added to all scores")
+    if d.skeleton.sink is not None or d.skeleton.anchor.norm.sink is not None:
+        d.refuse_shift("a constant is added to the scores but not to the sink")
+
+
+def _add_scale(d: Draft, mod: Scale) -> None:
+    if d.mask is not None:
+        if mod.factor <= 0:
+            d.refuse("mask-times-negative", "masked scores are multiplied by a negative number")
+        t = tensor_of(d.skeleton.scores.node)
+        assert t is not None, "scores are a tensor"
+        at = d.mask.at if math.isinf(d.mask.value) else None
+        d.mask = replace(d.mask, value=rounded(d.mask.value * mod.factor, t.dtype), at=at)
+    d.shift *= mod.factor
+    if d.steps and isinstance(d.steps[-1], Scale):
+        mod = Scale(d.steps.pop().factor * mod.factor)  # type: ignore[union-attr]
+    if mod.factor != 1.0:
+        d.steps.append(mod)
+
+
+def _add_bias(d: Draft, at: At, sign: Literal[1, -1]) -> None:
+    """Add a tensor; a mask before it moves behind it.
+
+    Scores replaced by a huge negative number and then added to are that number plus the tensor, which is what
+    adding both to the score gives: the score is lost in rounding either way.  The sum matters to a query that
+    sees no key, where the tensor holds huge negative numbers too.  A tensor that was added before might hold
+    such numbers as well, and they are not lost.
+    """
+    if d.mask is not None and d.mask.how == "replace" and math.isfinite(d.mask.value):
+        if d.mask.value > HUGE or any(isinstance(step, Bias) for step in d.steps):
+            d.refuse("bias-after-mask", f"a tensor is added after hidden scores became {d.mask.value:g}")
+        d.mask = replace(d.mask, how="add", at=None)
+    d.steps.append(Bias(_score_operand(d, at), sign))
+
+
+def _add_mask(d: Draft, mod: RawMask, env: Env) -> None:
+    if mod.how == "replace" and math.isfinite(mod.value):
+        mod = replace(mod, value=mod.value - d.shift)
+    if not _emittable(mod.keep, d):
+        if mod.at is None:
+            d.refuse("mask-not-readable", "a scaled additive mask has no closed form")
+        elif mod.how == "add":
+            _add_bias(d, mod.at, mod.sense)
+            return
+        else:
+            mod = replace(mod, keep=_condition(d, mod.at, mod.sense))
+    first = d.mask
+    same = first is not None and first.value == mod.value
+    if first is None:
+        d.mask = mod
+    elif same and (first.how == mod.how == "replace" or math.isinf(mod.value)):
+        d.mask = RawMask(E.and_(first.keep, mod.keep), mod.value, mod.how, None)
+    elif first.how == "add" and first.at is not None:
+        d.steps.append(Bias(_score_operand(d, first.at), first.sense))
+        d.mask = mod
+    elif mod.how == "add" and mod.at is not None:
+        _add_bias(d, mod.at, mod.sense)
+    else:
+        both = f"({first.value:g}, {mod.value:g})"
+        d.refuse("two-masks", f"two masks with different fills {both} cannot be joined exactly")
+
+
+def _condition(d: Draft, at: At, sense: int) -> Expr:
+    """Return the condition of a mask that has no closed form, read from the tensor that holds it."""
+    cond = E.load(at.node.name, at.index, "bool")
+    if not _emittable(cond, d):
+        d.refuse("side-operand-layout", f"a mask is read at {list(at.index)}")
+    return cond if sense > 0 else E.not_(cond)
+
+
+def _emittable(keep: Expr, d: Draft) -> bool:
+    """Say whether the condition is made of comparisons of integers, connectives and loads."""
+    for e in E.walk(keep):
+        if e.op in ("call", "where", "opaque", "floordiv", "mod", "const"):
+            return False
+        if e.op == "load" and not _readable(e, d):
+            return False
+        if e.op in ("le0", "eq0") and not any(g.op in ("index", "load") for g in E.walk(e)):
+            return False
+    return True
+
+
+def _readable(load: Expr, d: Draft) -> bool:
+    """Say whether views of the loaded tensor give its elements, and a rewritten graph can read it."""
+    node = d.env.node(load.args[0], d.skeleton.scores.node.graph)
+    return d.env.usable(node) and to_roles(At(node, load.args[1]), d.grid()) is not None
+
+
+def _score_operand(d: Draft, at: At) -> str:
+    """Capture a tensor that is added to or multiplied with the scores.
+
+    It has size 1 along roles it does not vary along.
+    """
+    roles = d.grid()
+    while not d.env.usable(at.node) and (step := stepped(at)) is not None:
+        at = step[0]
+    recipe = to_roles(at, roles, expand=False)
+    kept = tuple(bool(set(r) & set(E.indices(E.Expr("t", at.index)))) for r in roles)
+    if recipe is None:
+        recipe, kept = to_roles(at, roles), (True,) * 4
+    t = tensor_of(at.node)
+    if recipe is None or t is None:
+        raise Refusal(
+            Miss(
+                "side-operand-layout", at.node.name, f"a tensor beside the scores is read at {list(at.index)}"
+            )
+        )
+    return d.capture("bhqk", roles, recipe, t.dtype, kept)
+
+
+def write_mask(d: Draft) -> tuple[M.Mask, Fill]:
+    """Return the site's mask as a predicate, and what stands at the positions that it hides."""
+    if d.mask is None:
+        return M.Full(), Fill()
+    r = d.roles
+    b, h, q, k = d.grid()
+    where = Positions(_position(q), _position(k), size_of(q), size_of(k), (b, h, q, k))
+    lifted = lift(d.mask.keep, where, len(d.captured))
+    for name, axes, value in lifted.operands:
+        roles = {"bk": (r.batch, r.key), "bq": (r.batch, r.query), "bhqk": d.grid()}[axes]
+        used = set(E.indices(value))
+        kept = tuple(bool(set(x) & used) for x in roles) if axes == "bhqk" else (True, True)
+        made = d.capture(axes, roles, Computed(value, roles), torch.bool, kept)
+        assert made == name, f"operand {name} was captured as {made}"
+    how = "add" if d.mask.how == "add" else "replace"
+    return lifted.mask, Fill(d.mask.value, how) if not isinstance(lifted.mask, M.Full) else Fill()  # type: ignore[arg-type]
+
+
+def _position(atoms: Atoms) -> Expr:
+    out = E.ZERO
+    for a in atoms:
+        out = E.add(E.mul(out, a.args[1]), E.generator(a))
+    return out
+
+
+def write_norm(d: Draft, env: Env) -> Softmax:
+    """Return the site's normalizer, with the sink logits as a captured tensor or a number."""
+    norm = d.skeleton.anchor.norm
+    at = d.skeleton.sink
+    if at is None:
+        return norm
+    value = env.derive(at)
+    number = E.as_number(value) if value is not None else None
+    if number is not None:
+        return Softmax(float(number), norm.upcast, norm.safe)
+    recipe = to_roles(at, (d.roles.heads,))
+    t = tensor_of(at.node)
+    if recipe is None or t is None:
+        raise Refusal(
+            Miss(
+                "sink-layout",
+                at.node.name,
+                f"the sink logit is read at {list(at.index)}, expected one per head",
+            )
+        )
+    return Softmax(d.capture("h", (d.roles.heads,), recipe, t.dtype, (True,)), norm.upcast, norm.safe)
