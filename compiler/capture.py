@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from attnc import logs
 from attnc.capture_alias import bypass, hidden_writes
 from attnc.capture_dynamo import backend, make_backend
-from attnc.capture_links import link_nodes
+from attnc.capture_links import link_moments, link_nodes
 from attnc.capture_trial import describe, trial, unchanged
 from attnc.capture_types import Captured, Door
 from attnc.errors import CaptureError
@@ -217,6 +217,7 @@ def _captured(exported: ExportedProgram, door: Door, export_seconds: float, note
         graph=exported.graph,
         work=functional.graph,
         links=link_nodes(exported.graph, functional.graph, mutated, source.graph),
+        moments=link_moments(exported.graph, functional.graph, source.graph),
         tensors=tensors,
         fqn=fqn,
         user_inputs=inputs,

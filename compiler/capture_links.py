@@ -45,14 +45,57 @@ def link_nodes(
     for w in work.nodes:
         if w.op == "placeholder" and w.name in nodes and holds(w, nodes[w.name]):
             links[w.name] = w.name
-    groups = _copies(original, work, id(source or original))
+    graph_id = id(source or original)
+    groups = _copies(original, work, graph_id)
     for name, copies in groups.items():
         chosen = _value_of(nodes[name], copies)
         if chosen is not None and holds(chosen, nodes[name]):
             links[chosen.name] = name
-    single = {name for name, copies in groups.items() if len(copies) == 1}
+    written = {n.name for n in original.nodes if writes(n)}
+    single = {
+        name
+        for name, copies in groups.items()
+        if len(copies) == 1 or _only_replays(copies, written, graph_id)
+    }
     _link_arguments(work, {n: o for n, o in nodes.items() if n in single}, links, holds)
     return links
+
+
+def link_moments(original: fx.Graph, work: fx.Graph, source: fx.Graph | None = None) -> dict[str, str]:
+    """Return work name -> original name for every call that has the same value when it is made.
+
+    The original's storage may be written later: such a call can be replaced, but not read from later on.
+    Arguments are those of ``link_nodes``.
+    """
+    nodes = {n.name: n for n in original.nodes}
+    moments: dict[str, str] = {}
+    for name, copies in _copies(original, work, id(source or original)).items():
+        chosen = _value_of(nodes[name], copies)
+        if chosen is not None and _same_kind(chosen.meta.get("val"), nodes[name].meta.get("val")):
+            moments[chosen.name] = name
+    return moments
+
+
+def _only_replays(copies: list[fx.Node], written: set[str], graph_id: int) -> bool:
+    """Say whether all copies but the last are views of written storages, made again for the last to read.
+
+    Functionalization makes a view of a storage again after each write, at the view's next reader, and gives
+    it the reader's provenance.
+    """
+    inside = set(copies[:-1])
+
+    def base(node: fx.Node) -> fx.Node:
+        while node in inside and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+        return node
+
+    return all(
+        isinstance(n.target, torch._ops.OpOverload)
+        and any(a.alias_info is not None for a in n.target._schema.arguments)
+        and not writes(n)
+        and _source_name(base(n), graph_id) in written
+        for n in inside
+    )
 
 
 def _copies(original: fx.Graph, work: fx.Graph, source_id: int) -> Mapping[str, list[fx.Node]]:
@@ -102,7 +145,7 @@ def _link_arguments(
     """Link the arguments of linked calls of one op: the same call on the same values.
 
     This reaches size nodes, which carry no provenance, and values that come out of a higher-order call.
-    ``singles`` are the original nodes that became one node each.
+    ``singles`` are the original nodes that became one node each, but for views that were made again.
     """
     for w in reversed(work.nodes):
         o = singles.get(links.get(w.name, ""))

@@ -31,6 +31,8 @@ class Captured:
         work: a functional copy to detect on; the same object as ``graph`` at the dynamo door.
         links: node name in ``work`` -> name of the node of ``graph`` that holds the same value for the rest
             of the run.  No entry means no such node is known.
+        moments: the same for calls that have the same value when they are made, though their storage may be
+            written later: they can be replaced, not read.  None where ``graph`` is functional.
         tensors: inputs of ``work`` that are parameters, buffers or lifted constants -> the live tensor; None
             where it cannot be reached, or where the program itself writes to it, so that it is no constant.
         fqn: the same names -> fully qualified name in the model, where known.
@@ -50,6 +52,7 @@ class Captured:
     fqn: Mapping[str, str]
     user_inputs: tuple[str, ...]
     exported: ExportedProgram | None
+    moments: Mapping[str, str] | None = None
     static: tuple[str, ...] = ()
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

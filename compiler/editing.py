@@ -278,7 +278,8 @@ def erase(
     """Erase nodes that have no users, from ``roots`` backwards, whatever fx thinks of their purity.
 
     Inputs of the graph and nodes named in ``keep`` stay, and so do ops that write to memory which anybody
-    else may read. ``shared`` spares asking again which those are. Returns the names of what is gone.
+    else may read; memory that is written and never read goes with all its writers. ``shared`` spares asking
+    again which memory is whose. Returns the names of what is gone.
     """
     gone: list[str] = []
     stack = list(roots)
@@ -289,20 +290,45 @@ def erase(
         gone.append(node.name)
         graph.erase_node(node)
 
+    def closed(node: fx.Node) -> bool:
+        """Say whether nothing but its own writers reads the memory of ``node``."""
+        alike = shared.of(node)
+        return all(
+            n.op == "call_function" and n.name not in keep and set(n.users) <= set(alike) for n in alike
+        )
+
+    def doomed(node: fx.Node) -> bool:
+        """Say whether all that is made from ``node`` ends in asserts, or in memory that nobody reads."""
+        if node.op != "call_function" or node.name in keep:
+            return False
+        if _metadata_only(node):
+            return True
+        return closed(node) if writes(node) else all(map(doomed, node.users))
+
+    def drop_with_users(node: fx.Node) -> None:
+        for user in list(node.users):
+            if not user._erased:
+                drop_with_users(user)
+        if not node._erased:
+            drop_memory_of(node) if writes(node) else drop(node)
+
+    def drop_memory_of(node: fx.Node) -> None:
+        for n in reversed(shared.of(node)):
+            drop(n)
+
     while stack:
         node = stack.pop()
         if node._erased or node.op in ("placeholder", "output") or node.name in keep:
             continue
         for user in list(node.users):
-            if _metadata_only(user) or (not user.users and user.op == "call_function" and not writes(user)):
-                drop(user)
+            if not user._erased and doomed(user):
+                drop_with_users(user)
+        if node._erased:
+            continue
         if not node.users and not writes(node):
             drop(node)
-            continue
-        alike = shared.of(node)
-        if all(n.op == "call_function" and n.name not in keep and set(n.users) <= set(alike) for n in alike):
-            for n in reversed(alike):
-                drop(n)
+        elif closed(node):
+            drop_memory_of(node)
     return gone
 
 

@@ -110,7 +110,7 @@ def run(captured: Captured, options: Options, placeholders: Mapping[str, Any] | 
     options.forms.check([f.match.site.id for f in found] + [name for _, name in missed])
     original = captured.exported.graph if captured.exported is not None else copy.deepcopy(captured.graph)
     with _timed(stages, "plan", options):
-        gate = Rewriter(original, captured.work, captured.links)
+        gate = Rewriter(original, captured.work, captured.links, captured.moments)
         jobs = [_plan(f, gate, options, known) for f in found]
     outcome = _rewrite_and_check(captured, original, jobs, options, placeholders, stages)
     outcome.records = [_record(j) for j in jobs] + [_missed(m, name, captured.work) for m, name in missed]
@@ -161,7 +161,8 @@ def _rewritten(captured: Captured, live: list[_Job]) -> tuple[ExportedProgram | 
     """
     program = None if captured.exported is None else copy_program(captured.exported)
     graph = copy.deepcopy(captured.graph) if program is None else program.graph
-    editor = Rewriter(graph, captured.work if program is not None else graph, captured.links)
+    work = captured.work if program is not None else graph
+    editor = Rewriter(graph, work, captured.links, captured.moments)
     for j in live:
         assert j.plan is not None
         stamp = {
@@ -207,15 +208,12 @@ def _plan(found: Found, gate: Rewriter, options: Options, known: Mapping[str, in
     )
     if not forms:
         return _Job(found, None, "kept", "no form is allowed here", None, cost)
-    if found.match.escapes:
-        return _Job(
-            found,
-            None,
-            "kept",
-            f"weights-in-use: {', '.join(found.match.escapes)} of the site is read outside it",
-            None,
-            cost,
+    escapes = ", ".join(found.match.escapes)
+    if escapes and options.cost_model:
+        why = (
+            f"weights-in-use: {escapes} of the site is read outside it, and a fused kernel would come on top"
         )
+        return _Job(found, None, "kept", why, None, cost)
     if spec.dropout:
         why = (
             f"dropout-active: a fused kernel would draw other random numbers (p={spec.dropout:g}); "
@@ -261,11 +259,12 @@ def _plan(found: Found, gate: Rewriter, options: Options, known: Mapping[str, in
             cost,
         )
     plan = Plan(found.match, form.name, backend, form.contract, new)
+    notes = [f"{escapes} is computed as before for its other readers"] if escapes else []
     return _Job(
         found,
         plan,
         "rewritten",
-        "; ".join(m.why for m in passed),
+        "; ".join([*notes, *(m.why for m in passed)]),
         predicted,
         price(new, known, backend != "reference"),
     )
@@ -327,7 +326,7 @@ def _site_to_check(job: _Job, captured: Captured) -> checks.SiteToCheck:
     bounded = job.plan is not None and job.plan.contract == "BOUNDED"
     return checks.SiteToCheck(
         job.found.match.site.id,
-        links[found.match.output],
+        (captured.moments or links)[found.match.output],
         job.new_output,
         boundary,
         masks,

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from attnc.capture_links import link_nodes
+from attnc.capture_links import link_moments, link_nodes
 from attnc.codegen import ops as _ops  # noqa: F401  (registers attnc::attend)
 from attnc.ir import AttentionSpec, Miss
 from attnc.passes.detect import Found, detect
@@ -30,13 +30,14 @@ class Traced:
     links: Mapping[str, str]
     tensors: Mapping[str, Tensor | None]
     run: Callable[..., Any]
+    moments: Mapping[str, str] | None = None
 
     def detect(self) -> tuple[list[Found], list[tuple[Miss, str]]]:
-        return detect(self.work, self.tensors)
+        return detect(self.work, self.tensors, self.links)
 
     def rewrite(self, found: list[Found]) -> None:
         """Apply the sites that nothing blocks, after checking that the old softmaxes are gone."""
-        editor = Rewriter(self.graph, self.work, self.links)
+        editor = Rewriter(self.graph, self.work, self.links, self.moments)
         for site in found:
             blocked = editor.blocked(site)
             assert blocked is None, blocked
@@ -92,7 +93,8 @@ def of_program(program: ExportedProgram) -> Traced:
             spec.arg.name = node.name
         return program.module(check_guards=False)(*args, **kwargs)
 
-    return Traced(functional.graph, program.graph, links, tensors, run)
+    moments = link_moments(program.graph, functional.graph)
+    return Traced(functional.graph, program.graph, links, tensors, run, moments)
 
 
 def only_spec(t: Traced) -> AttentionSpec:

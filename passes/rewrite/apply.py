@@ -39,10 +39,18 @@ class Rewriter:
     """Apply sites to one captured graph.
 
     ``graph`` is edited, ``work`` was detected on, ``links`` map names of the latter to the former.
+    ``moments`` does so for nodes that may be replaced, though not read later on; None: the same as ``links``.
     """
 
-    def __init__(self, graph: fx.Graph, work: fx.Graph, links: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        work: fx.Graph,
+        links: Mapping[str, str],
+        moments: Mapping[str, str] | None = None,
+    ) -> None:
         self.graph, self.links = graph, links
+        self.moments = links if moments is None else moments
         self.nodes: dict[str, fx.Node] = {n.name: n for n in graph.nodes}
         self.work = {n.name: n for n in work.nodes}
         self.build = Builder(graph)
@@ -61,12 +69,23 @@ class Rewriter:
             raise NoLinkError(name)
         return node
 
+    def replaceable(self, name: str) -> fx.Node:
+        """Return the node of the edited graph that can be replaced where the working graph has ``name``.
+
+        Raises:
+            NoLinkError: there is none, or it was erased.
+        """
+        node = self.nodes.get(self.moments.get(name, ""))
+        if node is None or node._erased:
+            raise NoLinkError(name)
+        return node
+
     def blocked(self, found: Found) -> Miss | None:
         """Say why the site cannot be edited in the user's graph, None if it can."""
         site, anchor = found.match, found.anchor
         recipes = (*found.operands.values(), *found.captured.values())
         try:
-            out = self.resolve(site.output)
+            out = self.replaceable(site.output)
             sources = [self.resolve(n) for r in recipes for n in leaves(r)]
         except NoLinkError as e:
             why = (
@@ -83,7 +102,7 @@ class Rewriter:
         if any(s.name in self.order and self.order[s.name] >= self.order[out.name] for s in sources):
             return Miss("operand-after-output", anchor, "an operand is made after the site's output")
         first = min(
-            (self.order[n] for w in site.region if (n := self.links.get(w)) in self.order),
+            (self.order[n] for w in site.region if (n := self.moments.get(w)) in self.order),
             default=self.order[out.name],
         )
         if any(first < i < self.order[out.name] for i in self.switches):
@@ -113,8 +132,8 @@ class Rewriter:
             RewriteError: the old anchor is still alive afterwards.
         """
         spec = spec or found.match.spec
-        out = self.resolve(found.match.output)
-        like = self.nodes.get(self.links.get(found.anchor, ""), out)
+        out = self.replaceable(found.match.output)
+        like = self.nodes.get(self.moments.get(found.anchor, ""), out)
         b = self.build.before(out, stamp, like)
         q, k, v = (b.apply(self.resolve(found.operands[n].source), found.operands[n].steps) for n in "qkv")
         captured = [
@@ -139,7 +158,7 @@ class Rewriter:
 
     def _size_readers(self, found: Found) -> list[fx.Node]:
         """Return the nodes that read a size off a node of the region."""
-        region = [self.nodes.get(self.links.get(n, "")) for n in sorted(found.match.region)]
+        region = [self.nodes.get(self.moments.get(n, "")) for n in sorted(found.match.region)]
         alive = [n for n in region if n is not None and not n._erased]
         return [u for n in alive for u in n.users if reads_size_only(u)]
 
@@ -160,15 +179,13 @@ class Rewriter:
         return self.build.apply(self.resolve(r.source), r.steps)
 
     def _assert_gone(self, found: Found) -> None:
-        anchor = self.nodes.get(self.links.get(found.anchor, ""))
-        if (
-            anchor is not None
-            and not anchor._erased
-            and anchor is not self.nodes.get(self.links.get(found.match.output, ""))
-        ):
+        """Raise if what the site replaces is still computed; weights that others read stay by design."""
+        last = found.match.output if found.match.escapes else found.anchor
+        anchor = self.nodes.get(self.moments.get(last, ""))
+        if anchor is not None and not anchor._erased:
             users = [u.name for u in anchor.users]
             raise RewriteError(
-                f"{found.match.site.id}: expected the softmax {anchor.name} to be gone, found users {users}"
+                f"{found.match.site.id}: expected {anchor.name} to be gone, found users {users}"
             )
 
 
