@@ -18,7 +18,7 @@ from torch import fx
 from attnc import expr as E
 from attnc.expr import ONE, ZERO, Expr
 from attnc.ir import Miss, Scale
-from attnc.passes.detect.contraction import Contraction, contraction
+from attnc.passes.detect.contraction import Contraction, contractions_of
 from attnc.passes.detect.env import Env, RawMod, step_into
 from attnc.passes.detect.graph import (
     argument,
@@ -79,7 +79,7 @@ def skeletons(graph: fx.Graph, env: Env) -> list[Skeleton | Miss]:
 
 
 def _skeleton(anchor: Anchor, env: Env) -> Skeleton | Miss | None:
-    forward = _value_contraction(anchor)
+    forward = _value_contraction(anchor, env)
     if not env.carries(anchor.scores):
         if isinstance(forward, Miss) or env.pure(forward[0].lhs) or env.pure(forward[0].rhs):
             return None
@@ -106,7 +106,7 @@ _to_copy to dropout slice type_as
 _CARRIERS = frozenset(_CARRIER_NAMES.split())
 
 
-def _value_contraction(anchor: Anchor) -> tuple[Contraction, list[fx.Node]] | Miss:
+def _value_contraction(anchor: Anchor, env: Env) -> tuple[Contraction, list[fx.Node]] | Miss:
     """Return the one contraction that the weights reach, and the nodes on the way.
 
     The way leads through views, casts and dropout only.
@@ -116,9 +116,9 @@ def _value_contraction(anchor: Anchor) -> tuple[Contraction, list[fx.Node]] | Mi
     while stack:
         node, path = stack.pop()
         for u in users(node):
-            c = contraction(u)
-            if c is not None and (c.lhs is node or c.rhs is node):
-                reached.append((c, path))
+            found = [c for c in contractions_of(u) if c.lhs is node or c.rhs is node]
+            if found:
+                reached += [(c, path) for c in found if not _is_layer(c, node, env)]
             elif base_name(u) in _CARRIERS and u.args[0] is node:
                 stack.append((u, [*path, u]))
             elif base_name(u) == "native_dropout" and u.args[0] is node:
@@ -136,6 +136,11 @@ def _value_contraction(anchor: Anchor) -> tuple[Contraction, list[fx.Node]] | Mi
     if values.base is not None or values.alpha != 1.0:
         return Miss("values-added", values.node.name, "baddbmm scales the result or adds a tensor to it")
     return values, path
+
+
+def _is_layer(c: Contraction, weights: fx.Node, env: Env) -> bool:
+    """Say whether a linear layer with parameters reads the weights, which makes them no weights of values."""
+    return base_name(c.node) == "linear" and env.pure(c.rhs if c.lhs is weights else c.lhs)
 
 
 @dataclass
@@ -299,7 +304,8 @@ def _score_side(anchor: Anchor, env: Env, s: _Solved) -> Skeleton | Miss:
         )
     k = sides[0] if on_key else rhs
     q = lhs if k is rhs else rhs
-    interior = [*anchor.inner, *s.path, *through, at.node, s.values.node]
+    products = [p for c in (scores, s.values) for p in c.between]
+    interior = [*anchor.inner, *s.path, *through, at.node, s.values.node, *products]
     features = tuple(g for x in fresh.values() if (g := E.only_index(x)) is not None)
     out = Skeleton(
         anchor,
