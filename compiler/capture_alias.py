@@ -161,7 +161,7 @@ def _aliases(node: fx.Node) -> Iterator[object]:
     """Yield what ``node`` may share memory with: earlier nodes and storage keys."""
     for value in flat(node.meta.get("val", node.meta.get("example_value"))):
         if isinstance(value, torch.Tensor) and value.layout is torch.strided:
-            yield ("storage", value.untyped_storage()._cdata)
+            yield ("storage", _plain(value).untyped_storage()._cdata)
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         for arg, value in _named_arguments(node, target):
@@ -169,6 +169,13 @@ def _aliases(node: fx.Node) -> Iterator[object]:
                 yield from (x for x in flat(value) if isinstance(x, fx.Node))
     elif target is operator.getitem or isinstance(target, torch._ops.HigherOrderOperator) or _hides(node):
         yield from (x for x in flat(node.args) if isinstance(x, fx.Node))
+
+
+def _plain(value: torch.Tensor) -> torch.Tensor:
+    """Return the tensor inside what vmap left in a graph; a batched tensor has no storage of its own."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value
 
 
 def _named_arguments(node: fx.Node, target: torch._ops.OpOverload) -> Iterator[tuple[torch.Argument, object]]:

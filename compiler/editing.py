@@ -57,14 +57,17 @@ class Builder:
         self._read_sizes()
 
     def _read_sizes(self) -> None:
-        """Note which placeholder (or its axis) gives each symbolic size."""
+        """Note which placeholder (or its axis) gives each symbolic size, and which node computes one."""
         self._axes: dict[Expr, tuple[fx.Node, int]] = {}
+        self._computed: dict[Expr, list[fx.Node]] = {}
         inputs = ("placeholder", "get_attr")
         self._first: fx.Node = next(n for n in self.graph.nodes if n.op not in inputs)
         for node in self.graph.nodes:
-            if node.op != "placeholder":
-                continue
             val = node.meta.get("val")
+            if node.op != "placeholder":
+                if isinstance(val, torch.SymInt) and node.target is not aten.sym_size.int:
+                    self._computed.setdefault(dim(val), []).append(node)
+                continue
             if isinstance(val, torch.SymInt):
                 self._sizes.setdefault(dim(val), node)
             elif isinstance(val, torch.Tensor):
@@ -117,6 +120,8 @@ class Builder:
         """Say whether ``size`` can compute the size."""
         if E.as_int(n) is not None or n in self._sizes or n in self._axes or _axis_of(near, n) is not None:
             return True
+        if self._computed_before(n) is not None:
+            return True
         if E.only_generator(n) is not None:
             return False
         return all(self.knows(E.generator(g), near) for mono, _ in E.terms(n) for g in mono)
@@ -127,7 +132,7 @@ class Builder:
         It is computed from the inputs' sizes, or read from an axis of ``near``.
 
         Raises:
-            RewriteError: the size is no polynomial of sizes that some input has.
+            RewriteError: the size is no polynomial of sizes that some input has, and is not computed yet.
         """
         number = E.as_int(n)
         if number is not None:
@@ -141,9 +146,19 @@ class Builder:
             return out
         if axis is not None:
             return self.call(aten.sym_size.int, near, axis)
+        computed = self._computed_before(n)
+        if computed is not None:
+            return computed
         if E.only_generator(n) is not None:
             raise RewriteError(f"size {n} is no polynomial of the sizes of the inputs")
         return self._sum(n, near)
+
+    def _computed_before(self, n: Expr) -> fx.Node | None:
+        """Return a node of the user's graph that computes the size ahead of where calls are inserted."""
+        for node in self._computed.get(n, ()):
+            if self._point is not None and not node._erased and node < self._point:
+                return node
+        return None
 
     def _sum(self, n: Expr, near: fx.Node | None) -> int | fx.Node:
         total: int | fx.Node | None = None

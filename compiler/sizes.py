@@ -6,7 +6,7 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from attnc.expr import Expr, add, as_int, generator, integer, product, show, size
+from attnc.expr import Expr, add, as_int, generator, integer, nonneg, product, show, size, sub
 
 
 def dim(n: Any) -> Expr:
@@ -31,7 +31,20 @@ def _from_sympy(e: Any) -> Expr:
         return product(_from_sympy(a) for a in e.args)
     if e.is_Pow and e.exp.is_Integer and e.exp > 0:
         return product(_from_sympy(e.base) for _ in range(int(e.exp)))
+    kind = type(e).__name__  # torch has classes of its own for these two
+    if kind in ("Max", "Min"):
+        chosen = _extreme([_from_sympy(a) for a in e.args], kind == "Max")
+        if chosen is not None:
+            return chosen
     return generator(Expr("opaque", str(e)))
+
+
+def _extreme(sizes: list[Expr], greatest: bool) -> Expr | None:
+    """Return the greatest (or the least) of some sizes, None unless it is the same for all lengths."""
+    for a in sizes:
+        if all(nonneg(sub(a, b) if greatest else sub(b, a)) for b in sizes):
+            return a
+    return None
 
 
 def show_dim(e: Expr) -> int | str:

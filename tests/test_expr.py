@@ -248,3 +248,14 @@ def test_digests_are_the_same_in_every_process():
     ]
     assert runs[0].stdout == runs[1].stdout
     assert len(runs[0].stdout.strip()) == 24
+
+
+def test_the_greatest_of_sizes_is_known_where_it_is_the_same_for_all_lengths():
+    import sympy
+    from torch.utils._sympy.functions import Max
+
+    from attnc.sizes import _from_sympy
+
+    s, n = sympy.Symbol("s", positive=True, integer=True), sympy.Symbol("n", positive=True, integer=True)
+    assert _from_sympy(s - s * Max(0, 1 - s)) == E.size("s")
+    assert _from_sympy(Max(s, n)).args[0][0][0][0].op == "opaque"

@@ -26,6 +26,21 @@ cumsum cumprod prod var std linalg_vector_norm norm argmax
 _METADATA_READERS = (
     "zeros_like ones_like full_like empty_like rand_like new_zeros new_ones new_full new_empty"
 )
+_LAYERS = frozenset(
+    [
+        "linear",
+        "addmm",
+        "matmul",
+        "mm",
+        "bmm",
+        "baddbmm",
+        "einsum",
+        "convolution",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+    ]
+)
 BARRIERS = frozenset(_BARRIER_NAMES.split() + _METADATA_READERS.split())
 
 
@@ -96,6 +111,7 @@ class Env:
         self.puller = Puller(self.tensors)
         self._carries: dict[str, bool] = {}
         self._pure: dict[str, bool] = {}
+        self._weight: dict[str, bool] = {}
         self._nodes: dict[str, fx.Node] = {}
 
     def node(self, name: str, graph: fx.Graph) -> fx.Node:
@@ -135,15 +151,38 @@ class Env:
             memo[n.name] = all(memo[x.name] for x in sources)
         return memo[node.name]
 
+    def is_weight(self, node: fx.Node) -> bool:
+        """Say whether the node is a parameter or constant, or made from such without any layer.
+
+        Learned queries that pass through a projection are computed, although they read no input.
+        """
+        if not self.pure(node):
+            return False
+        memo = self._weight
+        stack = [node]
+        while stack:
+            n = stack[-1]
+            if n.name in memo:
+                stack.pop()
+            elif base_name(n) in _LAYERS:
+                memo[n.name] = False
+            else:
+                todo = [x for x in n.all_input_nodes if x.name not in memo]
+                if todo:
+                    stack += todo
+                else:
+                    memo[n.name] = all(memo[x.name] for x in n.all_input_nodes)
+        return memo[node.name]
+
     def scores_of(self, node: fx.Node) -> Contraction | None:
         """Return the node as a contraction that may produce scores.
 
         It sums, and neither operand is a mere parameter.
         """
         c = contraction(node)
-        if c is None or not c.summed or self.pure(c.lhs) or self.pure(c.rhs):
+        if c is None or not c.summed or self.is_weight(c.lhs) or self.is_weight(c.rhs):
             return None
-        return c
+        return None if self.pure(c.lhs) and self.pure(c.rhs) else c
 
     def carries(self, node: fx.Node) -> bool:
         """Say whether the node's value comes from a scores contraction.

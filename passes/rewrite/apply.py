@@ -92,6 +92,7 @@ class Rewriter:
                 "it has no counterpart in the captured graph: it is written in place, or lives in a sub-graph"
             )
             return Miss("no-link", str(e), why)
+        self.build.before(out)
         unknown = self._unknown_sizes(recipes, found.result, sources[0])
         read = [dim(u.meta["val"]) for u in self._size_readers(found)]
         unknown += [size for size in read if not self.build.knows(size)]

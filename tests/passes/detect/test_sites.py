@@ -244,3 +244,17 @@ def test_dropout_in_training_is_part_of_the_spec():
         return F.dropout((q @ k.transpose(-2, -1)).softmax(-1), 0.25, training=True) @ v
 
     assert only_spec(traced(attention, make_inputs(CASES["no_scale"]))).dropout == 0.25
+
+
+def test_learned_queries_behind_a_projection_attend_and_raw_ones_route():
+    class Pool(nn.Module):
+        def __init__(self, projected: bool) -> None:
+            super().__init__()
+            self.probe = nn.Parameter(torch.randn(1, 3, 8))
+            self.q = nn.Linear(8, 8) if projected else nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.q(self.probe) @ x.mT).softmax(-1) @ x.tanh()
+
+    x = (torch.randn(2, 5, 8),)
+    assert [len(exported(Pool(p), x).detect()[0]) for p in (True, False)] == [1, 0]
