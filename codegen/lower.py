@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from attnc.codegen import flex, sdpa
-from attnc.editing import Builder, erase
+from attnc.editing import Builder, SharedMemory, erase
 from attnc.ir import AttentionSpec
 from attnc.printer import parse
 
@@ -34,7 +34,7 @@ def lower(graph: fx.Graph, portable: bool = False) -> tuple[dict[str, int], dict
 
     A node whose log-sum-exp is used stays.  ``portable`` uses plain ATen wherever a plain form exists.
     """
-    build = Builder(graph)
+    build, shared = Builder(graph), SharedMemory(graph)
     counts: dict[str, int] = {}
     renamed: dict[str, str] = {}
     for node in attends(graph):
@@ -43,14 +43,20 @@ def lower(graph: fx.Graph, portable: bool = False) -> tuple[dict[str, int], dict
         backend = str(stamp.get("backend", "sdpa"))
         if portable and sdpa.can_run(spec) is None:
             backend = "sdpa"
-        made = _lowered(node, spec, backend, build, portable, renamed)
+        made = _lowered(node, spec, backend, build, shared, portable, renamed)
         counts[backend if made else "attend"] = counts.get(backend if made else "attend", 0) + 1
     graph.eliminate_dead_code()
     return counts, renamed
 
 
 def _lowered(
-    node: fx.Node, spec: AttentionSpec, backend: str, build: Builder, portable: bool, renamed: dict[str, str]
+    node: fx.Node,
+    spec: AttentionSpec,
+    backend: str,
+    build: Builder,
+    shared: SharedMemory,
+    portable: bool,
+    renamed: dict[str, str],
 ) -> bool:
     reads = list(node.users)
     if backend not in ("sdpa", "flex") or any(
@@ -67,8 +73,8 @@ def _lowered(
         value = _with_strides(out, read, build)
         read.replace_all_uses_with(value, propagate_meta=False)
         renamed[read.name] = value.name
-        erase(build.graph, [read])
-    erase(build.graph, [node])
+        erase(build.graph, [read], shared=shared)
+    erase(build.graph, [node], shared=shared)
     return True
 
 

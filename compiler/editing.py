@@ -269,19 +269,23 @@ class SharedMemory:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
-        self._groups: dict[fx.Node, int] | None = None
+        self._alike: dict[fx.Node, list[fx.Node]] | None = None
 
     def of(self, node: fx.Node) -> list[fx.Node]:
         """Return the nodes that share written memory with ``node``, itself included; else ``node`` alone."""
-        if self._groups is None:
-            written = any(writes(n) for n in self.graph.nodes)
-            self._groups = storage_groups(self.graph) if written else {}
-        group = self._groups.get(node)
-        return (
-            [n for n, g in self._groups.items() if g == group and not n._erased]
-            if group is not None
-            else [node]
-        )
+        if self._alike is None:
+            self._alike = self._index()
+        return [n for n in self._alike.get(node, (node,)) if not n._erased]
+
+    def _index(self) -> dict[fx.Node, list[fx.Node]]:
+        """Return, per node, the nodes of its group; nothing where no node writes."""
+        if not any(writes(n) for n in self.graph.nodes):
+            return {}
+        groups = storage_groups(self.graph)
+        members: dict[int, list[fx.Node]] = {}
+        for node, group in groups.items():
+            members.setdefault(group, []).append(node)
+        return {node: members[group] for node, group in groups.items()}
 
 
 def erase(

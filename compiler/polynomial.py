@@ -6,6 +6,9 @@ Facts that simplification may use: an index is at least 0, a size is at least 1,
 says so, an index is below its size.  Views may use the last fact (it is what a view means); masks may not,
 because a closed form must hold at every length (``index < size`` at the traced length says nothing about
 others).
+
+Terms are immutable and equal by their digests, so the arithmetic is remembered by value: layers that are
+alike put the same questions, and only the first one pays for the answers.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from attnc.terms import Expr
 Mono = tuple[Expr, ...]
 Terms = tuple[tuple[Mono, int], ...]
 
+remembered = lru_cache(maxsize=1 << 14)
+
 # ---------------------------------------------------------------- construction
 
 
@@ -28,23 +33,25 @@ def from_terms(acc: dict[Mono, int]) -> Expr:
     return Expr("poly", tuple(items))
 
 
-@lru_cache(maxsize=4096)
+@remembered
 def integer(n: int) -> Expr:
     """Return the constant polynomial ``n``."""
     return Expr("poly", (((), n),) if n else ())
 
 
+@remembered
 def generator(g: Expr) -> Expr:
     """Return the polynomial that is the one generator ``g``."""
     return Expr("poly", (((g,), 1),))
 
 
+@remembered
 def index(name: str, size: Expr) -> Expr:
     """Return an index variable ``0 <= name < size`` as a polynomial."""
     return generator(Expr("index", name, size))
 
 
-@lru_cache(maxsize=4096)
+@remembered
 def size(name: str) -> Expr:
     """Return the symbolic size ``name >= 1`` as a polynomial."""
     return generator(Expr("size", name))
@@ -108,6 +115,7 @@ def only_generator(e: Expr) -> Expr | None:
 # ---------------------------------------------------------------- polynomial arithmetic
 
 
+@remembered
 def add(*ps: Expr) -> Expr:
     """Return the sum, with ``m * (x // m) + x % m`` folded to ``x``."""
     acc: dict[Mono, int] = {}
@@ -139,6 +147,7 @@ def _fold_division(acc: dict[Mono, int]) -> None:
                 break
 
 
+@remembered
 def mul(a: Expr, b: Expr) -> Expr:
     """Return the product of two polynomials."""
     acc: dict[Mono, int] = {}
@@ -149,11 +158,13 @@ def mul(a: Expr, b: Expr) -> Expr:
     return from_terms(acc)
 
 
+@remembered
 def neg(a: Expr) -> Expr:
     """Return ``-a``."""
     return from_terms({m: -c for m, c in terms(a)})
 
 
+@remembered
 def sub(a: Expr, b: Expr) -> Expr:
     """Return ``a - b``."""
     return add(a, neg(b))
@@ -167,6 +178,7 @@ def product(ps: Iterable[Expr]) -> Expr:
     return out
 
 
+@remembered
 def exact_div(a: Expr, b: Expr) -> Expr | None:
     """Return ``a / b`` if the division of polynomials leaves nothing, else None."""
     if b == ONE:
@@ -208,6 +220,7 @@ def _upper(g: Expr) -> Expr:
     return sub(g.args[1], ONE)
 
 
+@remembered
 def nonneg(p: Expr, upper: bool = True) -> bool:
     """Prove ``p >= 0``; False means not proved.
 
@@ -249,6 +262,7 @@ def _shifted(p: Expr) -> Expr:
     return out
 
 
+@remembered
 def _split(p: Expr, m: Expr) -> tuple[Expr, Expr]:
     """Write ``p = m * quotient + rest``, dividing every part of ``p`` that ``m`` divides exactly."""
     groups: dict[Mono, dict[Mono, int]] = {}
@@ -271,6 +285,7 @@ def _split(p: Expr, m: Expr) -> tuple[Expr, Expr]:
     return quotient, rest
 
 
+@remembered
 def floordiv(p: Expr, m: Expr) -> Expr:
     """Return ``p // m`` for a positive ``m``, simplified by exact division and by the ranges of indices."""
     quotient, rest = _split(p, m)
@@ -279,6 +294,7 @@ def floordiv(p: Expr, m: Expr) -> Expr:
     return add(quotient, generator(Expr("floordiv", rest, m)))
 
 
+@remembered
 def mod(p: Expr, m: Expr) -> Expr:
     """Return ``p % m`` for a positive ``m``; see ``floordiv``."""
     _, rest = _split(p, m)
