@@ -1,0 +1,14 @@
+"""One row of the table of codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """A stable code: what would make the site a match, in one sentence, and the reasoning behind it."""
+
+    code: str
+    advice: str
+    paragraph: str
