@@ -1,7 +1,7 @@
 """What each stable code of a report means, and what a user can do about it.
 
-A site that was not rewritten carries one code.  ``advice(code)`` is one sentence, ``explain(code)`` the
-paragraph behind it; both are text about the code, not about one model.  ``tests/test_codes.py`` holds the
+A site that was not rewritten carries one code.  ``advice(code)`` is one sentence, ``named(code)`` the row
+with the paragraph behind it; both are text about the code, not about one model.  ``tests/test_codes.py`` holds the
 table and the sources together: every code that is raised has its row, and every row is raised somewhere.
 """
 
@@ -14,8 +14,9 @@ from attnc.codes_choice import CHOICE
 from attnc.codes_detect import DETECT
 from attnc.codes_rows import Code
 from attnc.codes_scores import SCORES
+from attnc.errors import ReportError
 
-__all__ = ["Code", "advice", "codes", "explain"]
+__all__ = ["Code", "advice", "codes", "named"]
 
 UNKNOWN = "Report this code together with the lines of the model that it names."
 
@@ -41,15 +42,15 @@ def advice(code: str) -> str:
     return row.advice if row is not None else UNKNOWN if code else ""
 
 
-def explain(code: str) -> str:
-    """Return the paragraph about a code, with its advice at the end.
+def named(code: str) -> Code:
+    """Return the row of a code.
 
     Raises:
-        KeyError: there is no such code; the message names the nearest ones.
+        ReportError: there is no such code; the message names the nearest ones.
     """
     row = codes().get(code)
     if row is None:
         near = get_close_matches(code, codes(), n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else f"; known are {', '.join(codes())}"
-        raise KeyError(f"no code {code!r}{hint}")
-    return f"{row.code}\n\n{row.paragraph}\n\nWhat to do: {row.advice}"
+        hint = f"did you mean {', '.join(near)}?" if near else "attnc explain lists all"
+        raise ReportError(f"explain: expected a code of a report, found {code!r}; {hint}")
+    return row

@@ -12,3 +12,8 @@ class Code:
     code: str
     advice: str
     paragraph: str
+
+    @property
+    def text(self) -> str:
+        """The code, its paragraph, and what to do."""
+        return f"{self.code}\n\n{self.paragraph}\n\nWhat to do: {self.advice}"

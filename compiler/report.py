@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from attnc.report_text import notes
+
 Status = Literal["rewritten", "kept", "missed"]
 
 WIDTH = 110
@@ -154,6 +156,7 @@ class Report:
         lines = [self.headline()]
         found = [s for s in self.sites if s.status != "missed"]
         lines += ["  " + line for line in site_lines(found, WIDTH - 2)]
+        lines += ["  " + note for note in notes(self)]
         for site in self.sites:
             if site.reason and site.status != "rewritten":
                 lines.append(

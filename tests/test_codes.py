@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from attnc.codes import UNKNOWN, advice, codes, explain
+from attnc.codes import UNKNOWN, advice, codes, named
+from attnc.errors import ReportError
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("passes", "compiler", "codegen")
@@ -64,13 +65,13 @@ def test_row_is_one_sentence_and_a_paragraph(code):
     assert re.fullmatch(r"[A-Z][^\n]*\.", row.advice)
     assert re.fullmatch(r"\S[^\n]*\.", row.paragraph)
     assert "  " not in row.advice + row.paragraph
-    assert explain(code).endswith(row.advice)
+    assert named(code).text.endswith(row.advice)
 
 
 def test_unknown_codes_are_told_apart_from_none():
     assert advice("") == ""
     assert advice("of-a-later-version") == UNKNOWN
-    with pytest.raises(KeyError, match="did you mean two-masks"):
-        explain("two-mask")
-    with pytest.raises(KeyError, match="known are no-scores"):
-        explain("qqqq")
+    with pytest.raises(ReportError, match="did you mean two-masks"):
+        named("two-mask")
+    with pytest.raises(ReportError, match="attnc explain lists all"):
+        named("qqqq")

@@ -140,7 +140,11 @@ def test_a_model_without_any_kernel_says_why(corpus) -> None:
 @pytest.mark.parametrize(
     ("change", "code", "why"),
     [
-        (("32]:", "300]:"), "triton-head-size", r"expected fixed head sizes of 1 to 256, found \(300, 300, 300\)"),
+        (
+            ("32]:", "300]:"),
+            "triton-head-size",
+            r"expected fixed head sizes of 1 to 256, found \(300, 300, 300\)",
+        ),
         (("32]:", "d]:"), "triton-head-size", "fixed head sizes"),
         (("float32", "float64"), "triton-dtype", "found torch.float64"),
         (
@@ -149,7 +153,11 @@ def test_a_model_without_any_kernel_says_why(corpus) -> None:
             "torch.float16, torch.float32",
         ),
         ((" softmax", " softmax dropout(0.1)"), "triton-dropout", "expected dropout 0, found 0.1"),
-        (("[b,t]:bool", "[b,t]:int64"), "triton-captured", "the mask pad is torch.int64, expected torch.bool"),
+        (
+            ("[b,t]:bool", "[b,t]:int64"),
+            "triton-captured",
+            "pad is torch.int64, expected torch.bool",
+        ),
         (("bk[b,t]:bool", "bhqk[b,1,1,t]:bool"), "triton-captured", "expected the axes bk"),
     ],
 )
