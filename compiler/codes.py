@@ -1,8 +1,8 @@
 """What each stable code of a report means, and what a user can do about it.
 
 A site that was not rewritten carries one code.  ``advice(code)`` is one sentence, ``named(code)`` the row
-with the paragraph behind it; both are text about the code, not about one model.  ``tests/test_codes.py`` holds the
-table and the sources together: every code that is raised has its row, and every row is raised somewhere.
+with the paragraph behind it; both are text about the code, not about one model.  ``tests/test_codes.py``
+holds the table and the sources together: every code that is raised has its row, and every row is raised.
 """
 
 from __future__ import annotations
