@@ -18,9 +18,11 @@ from attnc.capture import capture_export, capture_exported, make_backend
 from attnc.capture_trial import ForwardError
 from attnc.capture_types import Captured
 from attnc.errors import CaptureError, RewriteError
+from attnc.ir import Miss
 from attnc.passes.rewrite.forms import Forms, parse_forms
 from attnc.passes.rewrite.quant.w8a8 import W8A8
 from attnc.pipeline import Options, Outcome, run
+from attnc.records import leave
 from attnc.report import Report
 from attnc.result import clone_module, make_result
 from attnc.session import Session, session
@@ -384,7 +386,7 @@ class _Work:
         )
         for site in self.state.report.sites:
             if site.status == "rewritten":
-                site.status, site.reason = "kept", f"whole model disagrees, put back: {reason}"
+                leave(site, Miss("model-disagrees", "", f"whole model disagrees, put back: {reason}"))
 
     def _tell(self, stage: str) -> None:
         if self.progress is not None:

@@ -1,4 +1,4 @@
-"""The command line: ``attnc inspect | optimize | export | emit | verify | bench | doctor``.
+"""The command line: ``attnc inspect | explain | optimize | export | emit | verify | bench | doctor``.
 
 Results go to stdout, everything else to stderr.  A failure is one line and an exit code that is not zero: 1
 for what attnc refuses, 2 for wrong usage, 130 for an interrupt.  ``ATTNC_DEBUG=1`` shows the traceback as
@@ -58,6 +58,25 @@ Target = Annotated[
 Batch = Annotated[int, typer.Option(min=1, help="Sequences in the example inputs.")]
 Length = Annotated[int | None, typer.Option(min=1, help="Tokens in the example inputs.")]
 Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report as a page, too.")]
+
+
+@app.command()
+def explain(
+    code: Annotated[
+        str | None, typer.Argument(metavar="[CODE]", help="A code of a report; without one, all are listed.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a code of a report means and what would make the site a match."""
+    from attnc.codes import codes, named
+
+    screen = Screen(as_json)
+    rows = list(codes().values()) if code is None else [named(code)]
+    if code is None:
+        screen.table(("code", "what to do"), [(r.code, r.advice) for r in rows])
+    else:
+        screen.prose(rows[0].text)
+    screen.result({"codes": [asdict(r) for r in rows]})
 
 
 @app.command()

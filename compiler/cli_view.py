@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from attnc.report import WIDTH, Report, SiteRecord, clip, error_text, gain_text, jsonable, way
+from attnc.report_text import Block, blocks, notes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +35,11 @@ class Screen:
         if not self.as_json:
             _console(sys.stdout).print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def prose(self, text: str) -> None:
+        """Print paragraphs for people, wrapped to the terminal."""
+        if not self.as_json:
+            _console(sys.stdout).print(text, markup=False, highlight=False)
+
     def note(self, text: str) -> None:
         """Print one line beside the result, on stderr."""
         _console(sys.stderr).print(text, markup=False, highlight=False, soft_wrap=True)
@@ -53,26 +59,40 @@ class Screen:
             table.add_column(name, overflow="fold")
         for i, row in enumerate(rows):
             table.add_row(*(Text(cell) for cell in row), style=styles[i] if styles else None)
-        console = _console(sys.stdout)
-        if console.is_terminal:
-            console.print(table)
-            return
-        with console.capture() as captured:
-            console.print(table)
-        print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+        _print_trimmed(table)
 
     def report(self, report: Report) -> None:
-        """Print a report: headline, table of sites, reasons, warnings, times."""
+        """Print a report: headline, table of sites, what was recognised, one block per reason, times."""
         self.line(report.headline())
         rows = [_cells(site) for site in report.sites]
         if rows:
             heads = ("module", "computes", "runs as", "contract", "error/limit", "gain")
             self.table(heads, rows, [STYLES[s.status] for s in report.sites])
+        for note in notes(report):
+            self.line(note)
+        for block in blocks(report):
+            self.block(block)
         for line in str(report).splitlines()[1:]:
-            if line.lstrip().startswith(("kept:", "missed:", "linears:", "whole model:", "time:")):
+            if line.lstrip().startswith(("linears:", "whole model:", "time:")):
                 self.line(line.strip())
         for warning in report.warnings:
             self.note(f"warning: {warning}")
+
+    def block(self, block: Block) -> None:
+        """Print why sites were left alone: a heading, then labelled rows wrapped to the terminal."""
+        if self.as_json:
+            return
+        from rich.padding import Padding
+        from rich.table import Table
+        from rich.text import Text
+
+        grid = Table.grid(padding=(0, 1))
+        grid.add_column(style="dim")
+        grid.add_column(overflow="fold")
+        for label, text in block.rows:
+            grid.add_row(label, Text(text))
+        _console(sys.stdout).print(Text(block.head, style=STYLES[block.status]), soft_wrap=True)
+        _print_trimmed(Padding(grid, (0, 0, 0, 2), expand=False))
 
     @contextmanager
     def working(self, title: str) -> Iterator[Progress]:
@@ -107,6 +127,17 @@ class Progress:
 def _cells(site: SiteRecord) -> tuple[str, ...]:
     name = clip(site.module or site.id, 36)
     return name, site.summary, way(site), site.contract, error_text(site), gain_text(site)
+
+
+def _print_trimmed(shown: Any) -> None:
+    """Print a table, without blanks at the ends of lines where there is no terminal."""
+    console = _console(sys.stdout)
+    if console.is_terminal:
+        console.print(shown)
+        return
+    with console.capture() as captured:
+        console.print(shown)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def _console(stream: Any) -> Console:

@@ -29,3 +29,7 @@ class VerifyError(AttncError):
 
 class CheckpointError(AttncError):
     """A checkpoint cannot be read or written: missing, truncated, corrupt, refused, or no room."""
+
+
+class ReportError(AttncError):
+    """A report was asked for something that it does not have, such as an unknown code."""

@@ -330,12 +330,15 @@ class Match:
 class Miss:
     """WHY a likely region was left alone.
 
-    ``code`` is stable and kebab-case, ``why`` a sentence a user can act on.
+    ``code`` is stable and kebab-case (``attnc.codes`` says what helps), ``node`` the blocking node in the
+    working copy, ``why`` a sentence a user can act on. ``causes`` are the misses of others, such as kernels,
+    that led to this one.
     """
 
     code: str
     node: str
     why: str
+    causes: tuple[Miss, ...] = ()
 
 
 Contract = Literal["SAME", "BOUNDED"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -26,17 +26,16 @@ from attnc.capture_types import Captured
 from attnc.codegen import ops as _ops  # noqa: F401  (registers attnc::attend)
 from attnc.codegen.lower import lower
 from attnc.codegen.select import select
-from attnc.cost import Cost
 from attnc.ir import AttentionSpec, Miss, Plan
 from attnc.passes.analyze.price import gain, hints, price, sizes
 from attnc.passes.detect import Found, detect
-from attnc.passes.detect.graph import module_path, source_line
 from attnc.passes.rewrite.apply import Rewriter, leaves
 from attnc.passes.rewrite.forms import Forms
 from attnc.passes.rewrite.fuse.fused import Fused
 from attnc.passes.rewrite.quant.projections import projections
 from attnc.passes.rewrite.quant.w8a8 import W8A8
 from attnc.programs import copy_program, fix_outputs
+from attnc.records import Job, missed_record, site_record
 from attnc.report import SiteRecord, Stage
 
 log = logs.get("rewrite")
@@ -80,20 +79,6 @@ class Outcome:
         return None if self.make_attend is None else self.make_attend()
 
 
-@dataclass
-class _Job:
-    """One found site on its way: its plan if it is to be rewritten, else why not."""
-
-    found: Found
-    plan: Plan | None
-    status: str
-    reason: str
-    gain: float | None
-    price: Cost
-    new_output: str = ""
-    check: checks.Check | None = None
-
-
 def run(captured: Captured, options: Options, placeholders: Mapping[str, Any] | None = None) -> Outcome:
     """Run every stage after capture.
 
@@ -113,7 +98,9 @@ def run(captured: Captured, options: Options, placeholders: Mapping[str, Any] | 
         gate = Rewriter(original, captured.work, captured.links, captured.moments)
         jobs = [_plan(f, gate, options, known) for f in found]
     outcome = _rewrite_and_check(captured, original, jobs, options, placeholders, stages)
-    outcome.records = [_record(j) for j in jobs] + [_missed(m, name, captured.work) for m, name in missed]
+    nodes = {n.name: n for n in captured.work.nodes}
+    outcome.records = [site_record(j, nodes) for j in jobs]
+    outcome.records += [missed_record(m, name, nodes) for m, name in missed]
     outcome.linears = _linears(captured, found, options)
     return outcome
 
@@ -121,7 +108,7 @@ def run(captured: Captured, options: Options, placeholders: Mapping[str, Any] | 
 def _rewrite_and_check(
     captured: Captured,
     original: fx.Graph,
-    jobs: list[_Job],
+    jobs: list[Job],
     options: Options,
     placeholders: Mapping[str, Any] | None,
     stages: list[Stage],
@@ -151,10 +138,10 @@ def _rewrite_and_check(
             return outcome
         for j, check in failed:
             log.warning("%s: put back: %s", j.found.match.site.id, check.reason)
-            j.plan, j.status, j.reason = None, "kept", f"failed verification and was put back: {check.reason}"
+            j.put_back(check.reason)
 
 
-def _rewritten(captured: Captured, live: list[_Job]) -> tuple[ExportedProgram | None, fx.Graph]:
+def _rewritten(captured: Captured, live: list[Job]) -> tuple[ExportedProgram | None, fx.Graph]:
     """Return a copy of the captured graph.
 
     (and its program) in which each planned site is one ``attend`` node.
@@ -175,7 +162,7 @@ def _rewritten(captured: Captured, live: list[_Job]) -> tuple[ExportedProgram | 
     return program, graph
 
 
-def _attend_program(captured: Captured, live: list[_Job]) -> ExportedProgram:
+def _attend_program(captured: Captured, live: list[Job]) -> ExportedProgram:
     names = [j.new_output for j in live]
     program, graph = _rewritten(captured, live)
     assert program is not None
@@ -199,75 +186,79 @@ def portable(program: ExportedProgram) -> ExportedProgram:
 # ---------------------------------------------------------------- plan
 
 
-def _plan(found: Found, gate: Rewriter, options: Options, known: Mapping[str, int]) -> _Job:
+def _plan(found: Found, gate: Rewriter, options: Options, known: Mapping[str, int]) -> Job:
     """Choose form and backend for one site, or say why it stays."""
     spec, site = found.match.spec, found.match.site
     cost = price(spec, known, found.fused)
-    forms = [f for f in options.forms.at(site.id) if not isinstance(f, W8A8)] or (
-        [Fused()] if options.forms.at(site.id) else []
-    )
-    if not forms:
-        return _Job(found, None, "kept", "no form is allowed here", None, cost)
-    escapes = ", ".join(found.match.escapes)
-    if escapes and options.cost_model:
-        why = (
-            f"weights-in-use: {escapes} of the site is read outside it, and a fused kernel would come on top"
-        )
-        return _Job(found, None, "kept", why, None, cost)
-    if spec.dropout:
-        why = (
-            f"dropout-active: a fused kernel would draw other random numbers (p={spec.dropout:g}); "
-            "call .eval() or set dropout to 0"
-        )
-        return _Job(found, None, "kept", why, None, cost)
-    blocked = gate.blocked(found)
-    if blocked is not None:
-        return _Job(found, None, "missed", f"{blocked.code}: {blocked.why}", None, cost)
-    form, refusals = None, []
-    for f in forms:
-        miss = f.applies(spec)
-        if miss is None:
-            form = f
-            break
-        refusals.append(f"{f.name}: {miss.why}")
-    if form is None:
-        return _Job(found, None, "kept", "; ".join(refusals), None, cost)
+    left = _unable(found, gate, options)
+    if left is not None:
+        return Job(found, None, *left, None, cost)
+    form = _form(spec, options.forms.at(site.id), found.anchor)
+    if isinstance(form, Miss):
+        return Job(found, None, "kept", form, None, cost)
     new = form.rewrite(spec)
     backend, passed = select(new, options.target, _worth_compiling(spec, known))
     measured = options.cost_model and not found.fused  # the table compares with spelled-out attention
     predicted = gain(spec, new, known, options.target) if measured else None
-    same = form.contract == "SAME"
-    if same and found.fused and not found.improves:
-        return _Job(
-            found,
-            None,
-            "kept",
-            "already-fused: the model calls one fused kernel here, and its mask has no better form",
-            predicted,
-            cost,
-        )
-    if same and options.cost_model and backend == "reference":
-        why = "; ".join(m.why for m in passed)
-        return _Job(found, None, "kept", f"no-faster-kernel: {why}", predicted, cost)
-    if same and predicted is not None and predicted < 1.0:
-        return _Job(
-            found,
-            None,
-            "kept",
-            f"slower: predicted {predicted:.2f}x the model's own speed at these sizes",
-            predicted,
-            cost,
-        )
+    if form.contract == "SAME":
+        useless = _useless(found, backend, passed, predicted, options)
+        if useless is not None:
+            return Job(found, None, "kept", useless, predicted, cost)
     plan = Plan(found.match, form.name, backend, form.contract, new)
-    notes = [f"{escapes} is computed as before for its other readers"] if escapes else []
-    return _Job(
-        found,
-        plan,
-        "rewritten",
-        "; ".join([*notes, *(m.why for m in passed)]),
-        predicted,
-        price(new, known, backend != "reference"),
-    )
+    cost = price(new, known, backend != "reference")
+    return Job(found, plan, "rewritten", None, predicted, cost, (*_left_beside(found), *passed))
+
+
+def _unable(found: Found, gate: Rewriter, options: Options) -> tuple[str, Miss] | None:
+    """Return status and reason of a site that cannot be rewritten whatever the form."""
+    spec, escapes = found.match.spec, found.match.escapes
+    if not options.forms.at(found.match.site.id):
+        return "kept", Miss("form-not-allowed", found.anchor, "no form is allowed here")
+    if escapes and options.cost_model:
+        why = f"{', '.join(escapes)} is read outside the site, and a fused kernel would come on top"
+        return "kept", Miss("weights-in-use", escapes[0], why)
+    if spec.dropout:
+        why = (
+            f"a fused kernel would draw other random numbers (p={spec.dropout:g}); "
+            "call .eval() or set dropout to 0"
+        )
+        return "kept", Miss("dropout-active", found.anchor, why)
+    blocked = gate.blocked(found)
+    return None if blocked is None else ("missed", blocked)
+
+
+def _left_beside(found: Found) -> tuple[Miss, ...]:
+    """Say which values of a rewritten site are computed as before, because others read them."""
+    escapes = found.match.escapes
+    why = f"{', '.join(escapes)} is computed as before for its other readers"
+    return (Miss("weights-in-use", escapes[0], why),) if escapes else ()
+
+
+def _form(spec: AttentionSpec, allowed: Sequence[Any], anchor: str) -> Any:
+    """Return the first form that applies, or the Miss that says why none does."""
+    refusals = []
+    for form in [f for f in allowed if not isinstance(f, W8A8)] or [Fused()]:
+        miss = form.applies(spec)
+        if miss is None:
+            return form
+        refusals.append((form.name, miss))
+    why = "; ".join(f"{name}: {miss.why}" for name, miss in refusals)
+    return Miss("form-does-not-apply", anchor, why, tuple(miss for _, miss in refusals))
+
+
+def _useless(
+    found: Found, backend: str, passed: tuple[Miss, ...], predicted: float | None, options: Options
+) -> Miss | None:
+    """Say why a SAME rewrite would gain nothing."""
+    if found.fused and not found.improves:
+        why = "the model calls one fused kernel here, and its mask has no better form"
+        return Miss("already-fused", found.anchor, why)
+    if options.cost_model and backend == "reference":
+        return Miss("no-faster-kernel", found.anchor, "; ".join(m.why for m in passed), passed)
+    if predicted is not None and predicted < 1.0:
+        why = f"predicted {predicted:.2f}x the model's own speed at these sizes"
+        return Miss("slower", found.anchor, why)
+    return None
 
 
 def _worth_compiling(spec: AttentionSpec, known: Mapping[str, int]) -> frozenset[str] | None:
@@ -292,11 +283,11 @@ def _verify(
     original: fx.Graph,
     target: fx.Graph,
     captured: Captured,
-    live: list[_Job],
+    live: list[Job],
     options: Options,
     placeholders: Mapping[str, Any] | None,
     stages: list[Stage],
-) -> list[tuple[_Job, checks.Check]]:
+) -> list[tuple[Job, checks.Check]]:
     """Check each rewritten site against the original region; return those of contract SAME that fail."""
     with _timed(stages, "verify", options) as note:
         sites = [_site_to_check(j, captured) for j in live]
@@ -318,7 +309,7 @@ def _verify(
     return failed
 
 
-def _site_to_check(job: _Job, captured: Captured) -> checks.SiteToCheck:
+def _site_to_check(job: Job, captured: Captured) -> checks.SiteToCheck:
     found, links = job.found, captured.links
     sources = {n: links[r.source] for n, r in found.operands.items()}
     masks = tuple(dict.fromkeys(links[n] for name, r in found.captured.items() for n in leaves(r)))
@@ -332,54 +323,6 @@ def _site_to_check(job: _Job, captured: Captured) -> checks.SiteToCheck:
         masks,
         (sources["q"],),
         bounded,
-    )
-
-
-# ---------------------------------------------------------------- records and small things
-
-
-def _record(j: _Job) -> SiteRecord:
-    m = j.found.match
-    spec: AttentionSpec = j.plan.spec if j.plan is not None else m.spec
-    details: dict[str, Any] = {"trail": list(m.trail), "found": str(m.spec)}
-    if j.check is not None:
-        details |= {"variant": j.check.variant, "gradients": j.check.gradients}
-    return SiteRecord(
-        id=m.site.id,
-        module=m.site.module,
-        source=m.site.source,
-        spec=str(spec),
-        mask=spec.mask.describe(),
-        form=j.plan.form if j.plan else "",
-        backend=j.plan.backend if j.plan else "",
-        contract=j.plan.contract if j.plan else "SAME",
-        status=j.status,  # type: ignore[arg-type]
-        reason=j.reason,
-        error=j.check.error if j.check else None,
-        tolerance=j.check.tolerance if j.check else None,
-        flops=j.price.flops,
-        bytes=j.price.bytes,
-        predicted_gain=j.gain,
-        details=details,
-    )
-
-
-def _missed(miss: Miss, name: str, work: fx.Graph) -> SiteRecord:
-    node = next((n for n in work.nodes if n.name == miss.node), None)
-    path, kind = module_path(node) if node is not None else ("", "")
-    source = f"{kind} {source_line(node) if node is not None else ''}".strip()
-    return SiteRecord(
-        name,
-        path,
-        source,
-        "",
-        "",
-        "",
-        "",
-        "SAME",
-        "missed",
-        f"{miss.code}: {miss.why}",
-        details={"node": miss.node},
     )
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from attnc.report_text import notes
+
 Status = Literal["rewritten", "kept", "missed"]
 
 WIDTH = 110
@@ -27,8 +29,10 @@ class SiteRecord:
 
     ``error`` and ``tolerance`` are largest absolute differences from the fp64 oracle; ``flops`` and ``bytes``
     belong to one call at the example sizes; ``predicted_gain`` is old time over new time.  ``kept`` is
-    recognised but left on purpose; ``missed`` looked like attention and one condition failed.  ``details`` is
-    free: figures of the cost model, node texts before and after.
+    recognised but left on purpose; ``missed`` looked like attention and one condition failed.  ``code``,
+    ``blocking_op``, ``blocking_source`` (``file.py:line``) and ``advice`` say what stopped a site that was
+    not rewritten, and what would help.  ``conditions`` lists what must hold of the sizes for the mask's
+    closed form; without any it is valid for all sizes.  ``details`` is free: names of operands, the region.
     """
 
     id: str
@@ -46,6 +50,11 @@ class SiteRecord:
     flops: float | None = None
     bytes: float | None = None
     predicted_gain: float | None = None
+    code: str = ""
+    blocking_op: str = ""
+    blocking_source: str = ""
+    advice: str = ""
+    conditions: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -147,6 +156,7 @@ class Report:
         lines = [self.headline()]
         found = [s for s in self.sites if s.status != "missed"]
         lines += ["  " + line for line in site_lines(found, WIDTH - 2)]
+        lines += ["  " + note for note in notes(self)]
         for site in self.sites:
             if site.reason and site.status != "rewritten":
                 lines.append(

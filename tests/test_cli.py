@@ -224,6 +224,38 @@ def test_bad_input_is_one_line_and_writes_nothing(api, bert, capsys, tmp_path):
         assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_explain_prints_one_paragraph_or_lists_all_codes(capsys):
+    assert cli.main(["explain", "two-masks"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("two-masks\n\n")
+    assert "What to do: Join" in text
+    assert cli.main(["explain", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["codes"]
+    assert {"code", "advice", "paragraph"} == set(rows[0])
+    assert cli.main(["explain", "two-mask"]) == 1
+    assert "did you mean two-masks" in capsys.readouterr().err
+
+
+def test_a_report_tells_equal_reasons_once_with_place_and_advice(capsys):
+    from attnc.cli_view import Screen
+
+    left = [
+        SiteRecord(
+            f"l.{i}.a", f"l.{i}.a", "A m.py:3", SPEC, "none", "", "", "SAME", "kept",
+            reason="slower: predicted 0.5x", code="slower", advice="Ask for it.", blocking_source="m.py:9",
+        )
+        for i in range(5)
+    ]  # fmt: skip
+    Screen().report(Report("0", "M", "cpu", left))
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("kept slower: l.*.a (5 sites)")
+    assert [" ".join(line.split()) for line in lines[at + 1 : at + 4]] == [
+        "where m.py:9", "why predicted 0.5x", "help Ask for it."
+    ]  # fmt: skip
+    Screen(as_json=True).report(Report("0", "M", "cpu", left))
+    assert capsys.readouterr().out == ""
+
+
 def test_errors_of_the_model_are_one_line_and_json_stays_json(api, bert, capsys, tmp_path):
     api.fail = CaptureError("the forward failed:\n  IndexError: index out of range (modeling_bert.py:88)")
     code, out, err = run(capsys, "optimize", bert, "-o", tmp_path / "out", "--json")

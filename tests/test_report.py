@@ -16,7 +16,8 @@ SPEC = (
 )
 KEYS = {
     "id", "module", "source", "spec", "mask", "form", "backend", "contract", "status", "reason",
-    "error", "tolerance", "flops", "bytes", "predicted_gain", "details",
+    "error", "tolerance", "flops", "bytes", "predicted_gain", "code", "blocking_op", "blocking_source",
+    "advice", "conditions", "details",
 }  # fmt: skip
 
 

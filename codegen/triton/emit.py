@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import Any
 
@@ -29,34 +29,32 @@ log = logs.get("codegen")
 def can_run(what: Plan | AttentionSpec) -> Miss | None:
     """Return why no kernel can be emitted for a plan or a spec, or None."""
     spec, node = (what.spec, what.match.output) if isinstance(what, Plan) else (what, what.q.name)
-    for code, why in _obstacles(spec):
-        return Miss(code, node, f"triton: {why}")
-    return None
+    return next(_obstacles(spec, node), None)
 
 
-def _obstacles(spec: AttentionSpec) -> list[tuple[str, str]]:
-    out = []
+def _obstacles(spec: AttentionSpec, node: str) -> Iterator[Miss]:
     dims = (spec.q.shape[3], spec.k.shape[3], spec.v.shape[3])
     if not all(isinstance(d, int) and 0 < d <= MAX_HEAD for d in dims) or dims[0] != dims[1]:
-        out.append(("head-size", f"expected fixed head sizes of 1 to {MAX_HEAD}, found {dims}"))
+        why = f"triton: expected fixed head sizes of 1 to {MAX_HEAD}, found {dims}"
+        yield Miss("triton-head-size", node, why)
     dtypes = {x.dtype for x in (spec.q, spec.k, spec.v)}
     if len(dtypes) != 1 or not dtypes <= set(FLOATS):
         found = ", ".join(sorted(map(str, dtypes)))
-        out.append(("dtype", f"expected q, k, v all in float16, bfloat16 or float32, found {found}"))
+        why = f"triton: expected q, k, v all in float16, bfloat16 or float32, found {found}"
+        yield Miss("triton-dtype", node, why)
     if spec.dropout:
-        out.append(("dropout", f"expected dropout 0, found {spec.dropout}"))
+        yield Miss("triton-dropout", node, f"triton: expected dropout 0, found {spec.dropout}")
     if not all(isinstance(s, Scale | Softcap | Bias | Gain) for s in spec.scores):
-        out.append(
-            ("score-step", f"expected scale, softcap, bias or gain, found {' '.join(map(str, spec.scores))}")
-        )
+        why = f"triton: expected scale, softcap, bias or gain, found {' '.join(map(str, spec.scores))}"
+        yield Miss("triton-score-step", node, why)
     if not isinstance(spec.norm, Softmax):
-        out.append(("normalizer", f"expected softmax, found {spec.norm}"))
+        yield Miss("triton-normalizer", node, f"triton: expected softmax, found {spec.norm}")
     if not _known(spec.mask):
-        out.append(
-            ("mask-kind", f"expected a mask of band, range, padding and dense parts, found {spec.mask}")
-        )
-    why = problem(spec)
-    return [*out, *([("captured", why)] if why else [])]
+        why = f"triton: expected a mask of band, range, padding and dense parts, found {spec.mask}"
+        yield Miss("triton-mask-kind", node, why)
+    problems = problem(spec)
+    if problems:
+        yield Miss("triton-captured", node, f"triton: {problems}")
 
 
 def _known(mask: Mask) -> bool:

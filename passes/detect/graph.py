@@ -6,6 +6,7 @@ import math
 import operator
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from attnc.expr import Expr, product
 from attnc.sizes import dim
 
 aten = torch.ops.aten
+_TORCH = str(Path(torch.__file__).parent) + "/"
 
 METADATA_ONLY = frozenset(
     {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "_assert_async"}
@@ -135,11 +137,12 @@ def module_path(node: fx.Node) -> tuple[str, str]:
 def source_line(node: fx.Node) -> str:
     """Return ``file.py:line`` of the user's code that called the op, '' if unknown.
 
-    Only the file's name is kept.
+    Only the file's name is kept.  Frames inside torch count only where there are no others.
     """
     trace = node.meta.get("stack_trace") or ""
     found = re.findall(r'File "([^"]+)", line (\d+)', trace)
-    return f"{found[-1][0].rpartition('/')[2]}:{found[-1][1]}" if found else ""
+    own = [f for f in found if not f[0].startswith(_TORCH)] or found
+    return f"{own[-1][0].rpartition('/')[2]}:{own[-1][1]}" if own else ""
 
 
 def ratio_of_numbers(x: Any) -> float | None:

@@ -140,17 +140,25 @@ def test_a_model_without_any_kernel_says_why(corpus) -> None:
 @pytest.mark.parametrize(
     ("change", "code", "why"),
     [
-        (("32]:", "300]:"), "head-size", r"expected fixed head sizes of 1 to 256, found \(300, 300, 300\)"),
-        (("32]:", "d]:"), "head-size", "fixed head sizes"),
-        (("float32", "float64"), "dtype", "found torch.float64"),
+        (
+            ("32]:", "300]:"),
+            "triton-head-size",
+            r"expected fixed head sizes of 1 to 256, found \(300, 300, 300\)",
+        ),
+        (("32]:", "d]:"), "triton-head-size", "fixed head sizes"),
+        (("float32", "float64"), "triton-dtype", "found torch.float64"),
         (
             ("v=bhke[b,hkv,t,32]:float32", "v=bhke[b,hkv,t,32]:float16"),
-            "dtype",
+            "triton-dtype",
             "torch.float16, torch.float32",
         ),
-        ((" softmax", " softmax dropout(0.1)"), "dropout", "expected dropout 0, found 0.1"),
-        (("[b,t]:bool", "[b,t]:int64"), "captured", "the mask pad is torch.int64, expected torch.bool"),
-        (("bk[b,t]:bool", "bhqk[b,1,1,t]:bool"), "captured", "expected the axes bk"),
+        ((" softmax", " softmax dropout(0.1)"), "triton-dropout", "expected dropout 0, found 0.1"),
+        (
+            ("[b,t]:bool", "[b,t]:int64"),
+            "triton-captured",
+            "pad is torch.int64, expected torch.bool",
+        ),
+        (("bk[b,t]:bool", "bhqk[b,1,1,t]:bool"), "triton-captured", "expected the axes bk"),
     ],
 )
 def test_what_no_kernel_serves_is_refused_with_a_reason(change, code: str, why: str, corpus) -> None:

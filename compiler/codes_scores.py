@@ -1,0 +1,132 @@
+"""Codes of the steps between the scores and the softmax, masks among them."""
+
+from __future__ import annotations
+
+from attnc.codes_rows import Code
+
+STEPS = (
+    Code(
+        "score-step-unknown",
+        "Write the step as scale, soft cap (tanh), bias or mask, or as elementwise arithmetic on the score.",
+        "An operation between the scores contraction and the softmax is not understood, so what the "
+        "softmax sees is unknown. The report names the operation and its line.",
+    ),
+    Code(
+        "symbolic-number",
+        "Use a number that does not depend on sizes, or a tensor.",
+        "The scores are scaled by, or added to, a number that is computed from sizes. A spec holds "
+        "numbers that are the same at every size.",
+    ),
+    Code(
+        "scores-times-scores",
+        "Split the product: only one factor may come from a scores contraction.",
+        "Two score tensors are multiplied. Two contractions do not fit into one pass over the keys.",
+    ),
+    Code(
+        "reciprocal-of-scores",
+        "Multiply the scores by the reciprocal of the other tensor instead of dividing by the scores.",
+        "The scores are a divisor. No kernel computes a softmax over reciprocals of scores.",
+    ),
+    Code(
+        "division-by-zero",
+        "Check the scale: the scores are divided by the constant 0.",
+        "The scores are divided by zero, so the softmax sees infinities and NaN. Nothing is fused on "
+        "top of that.",
+    ),
+    Code(
+        "scale-not-finite",
+        "Check the scale: it must be a finite number.",
+        "The scores are multiplied or divided by infinity or NaN.",
+    ),
+    Code(
+        "scaled-addition",
+        "Spell the addition without alpha or beta: scale the tensor in a step of its own.",
+        "A tensor is added to the scores with a factor inside the addition (alpha, or beta of baddbmm).",
+    ),
+    Code(
+        "sum-of-scores",
+        "Concatenate the two feature axes so that one contraction gives the sum, or keep one term as a bias.",
+        "Two score tensors are added, as in relative position terms (Transformer-XL, DeBERTa). q1.k1 + "
+        "q2.k2 is one contraction of concatenated features where both terms have the same layout; a "
+        "shifted term is not.",
+    ),
+    Code(
+        "negated-scores",
+        "Add the negated scores instead of subtracting them, or negate the queries.",
+        "The scores are subtracted from a tensor.",
+    ),
+    Code(
+        "two-scores-chosen",
+        "Choose by a mask on one score tensor.",
+        "A where chooses between two score tensors, so two contractions feed one softmax.",
+    ),
+    Code(
+        "cat-of-scores",
+        "Concatenate keys and values instead of scores.",
+        "Scores of two contractions are concatenated along the keys, as with a cache kept apart or with "
+        "global tokens. One contraction with concatenated keys gives the same scores.",
+    ),
+    Code(
+        "softcap-sign",
+        "Use a positive cap: cap * tanh(scores / cap) with cap > 0.",
+        "A tanh on the scores is multiplied by a negative number or zero, which is no soft cap "
+        "(arXiv:2408.00118, section 2).",
+    ),
+    Code(
+        "gain",
+        "Multiply the scores by the tensor before they are masked, and multiply instead of divide.",
+        "A tensor divides the scores, or multiplies scores that are already masked, where it would "
+        "change what stands at hidden positions.",
+    ),
+    Code(
+        "shift-matters",
+        "Drop the constant that is added to all scores, or add it after the step that it disturbs.",
+        "A softmax does not see a constant that is added to all scores, but a soft cap, a gain or a "
+        "sink in between does, so it cannot be left out.",
+    ),
+    Code(
+        "shift-not-finite",
+        "Add a finite constant, or a mask.",
+        "An infinite constant or NaN is added to all scores.",
+    ),
+)
+
+MASKS = (
+    Code(
+        "fill-not-hiding",
+        "Fill hidden scores with -inf or the dtype's smallest number.",
+        "Masked scores get a value that does not hide them: too close to real scores, or a tensor. A "
+        "mask that hides nothing for certain cannot be skipped by a kernel.",
+    ),
+    Code(
+        "mask-inside-softcap",
+        "Apply the mask after the soft cap.",
+        "The mask is applied before the soft cap, which brings hidden scores back to -cap. They keep "
+        "some weight, so the mask hides nothing.",
+    ),
+    Code(
+        "mask-times-negative",
+        "Scale by a positive number after masking, or scale before it.",
+        "Masked scores are multiplied by a negative number, which turns hidden positions into the "
+        "largest scores.",
+    ),
+    Code(
+        "mask-not-readable",
+        "Scale before the mask is added.",
+        "An additive mask was scaled after it was added, and no tensor of the graph holds the scaled mask.",
+    ),
+    Code(
+        "bias-after-mask",
+        "Add the bias before the mask, or mask with -inf.",
+        "A tensor is added after hidden scores became a finite number. The sum decides what a fully "
+        "masked row gets, and only the model's own order gives that.",
+    ),
+    Code(
+        "two-masks",
+        "Join the two conditions with & and mask once.",
+        "Two masks with different fills are applied one after the other. Positions hidden by both hold "
+        "a value that neither mask alone gives, which matters to fully masked rows.",
+    ),
+)
+
+SCORES = (*STEPS, *MASKS)

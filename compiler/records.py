@@ -1,0 +1,131 @@
+"""Turn what became of each site into the records of a report.
+
+A site that was not rewritten says which code stopped it, the operation that did, the user's line, and what
+would make it a match.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from attnc import verify as checks
+from attnc.codes import advice
+from attnc.cost import Cost
+from attnc.ir import AttentionSpec, Miss, Plan
+from attnc.passes.analyze.source import blocking_op, blocking_source
+from attnc.passes.detect import Found
+from attnc.passes.detect.graph import module_path, source_line
+from attnc.report import SiteRecord
+
+
+@dataclass
+class Job:
+    """One found site on its way: its plan if it is to be rewritten, else the Miss that says why not.
+
+    ``status`` is what a report says of it; ``passed`` the kernels that were passed over for the one chosen.
+    """
+
+    found: Found
+    plan: Plan | None
+    status: str
+    miss: Miss | None
+    gain: float | None
+    price: Cost
+    passed: tuple[Miss, ...] = ()
+    new_output: str = ""
+    check: checks.Check | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def put_back(self, why: str) -> None:
+        """Give the site up after its check failed."""
+        why = f"failed verification and was put back: {why}"
+        self.plan, self.status = None, "kept"
+        self.miss = Miss("failed-verification", self.found.match.output, why)
+
+    @property
+    def reason(self) -> str:
+        """The text of the report: a code and a sentence, or why kernels were passed over."""
+        return reason_of(self.miss) if self.miss is not None else "; ".join(m.why for m in self.passed)
+
+
+def reason_of(miss: Miss) -> str:
+    """Return a miss as one line that begins with its code."""
+    return f"{miss.code}: {miss.why}"
+
+
+def advice_of(miss: Miss) -> str:
+    """Return what would make it a match: the advice of what caused the miss, where something else did."""
+    return " ".join(dict.fromkeys(advice(m.code) for m in miss.causes)) or advice(miss.code)
+
+
+def site_record(job: Job, nodes: Mapping[str, fx.Node]) -> SiteRecord:
+    """Return the record of a found site; ``nodes`` are those of the working graph by name."""
+    m = job.found.match
+    spec: AttentionSpec = job.plan.spec if job.plan is not None else m.spec
+    details: dict[str, Any] = {"trail": list(m.trail), "found": str(m.spec), **job.details}
+    if job.check is not None:
+        details |= {"variant": job.check.variant, "gradients": job.check.gradients}
+    return SiteRecord(
+        id=m.site.id,
+        module=m.site.module,
+        source=m.site.source,
+        spec=str(spec),
+        mask=spec.mask.describe(),
+        form=job.plan.form if job.plan else "",
+        backend=job.plan.backend if job.plan else "",
+        contract=job.plan.contract if job.plan else "SAME",
+        status=job.status,  # type: ignore[arg-type]
+        reason=job.reason,
+        error=job.check.error if job.check else None,
+        tolerance=job.check.tolerance if job.check else None,
+        flops=job.price.flops,
+        bytes=job.price.bytes,
+        predicted_gain=job.gain,
+        conditions=list(m.conditions),
+        details=details,
+        **_blocking(job.miss, nodes),
+    )
+
+
+def missed_record(miss: Miss, name: str, nodes: Mapping[str, fx.Node]) -> SiteRecord:
+    """Return the record of what looked like a site; ``name`` is its id."""
+    node = nodes.get(miss.node)
+    path, kind = module_path(node) if node is not None else ("", "")
+    source = f"{kind} {source_line(node) if node is not None else ''}".strip()
+    return SiteRecord(
+        name,
+        path,
+        source,
+        "",
+        "",
+        "",
+        "",
+        "SAME",
+        "missed",
+        reason_of(miss),
+        details={"node": miss.node},
+        **_blocking(miss, nodes),
+    )
+
+
+def _blocking(miss: Miss | None, nodes: Mapping[str, fx.Node]) -> dict[str, Any]:
+    """Return the fields that say what stopped a site and what would help; none for a rewritten one."""
+    if miss is None:
+        return {}
+    node = nodes.get(miss.node)
+    return {
+        "code": miss.code,
+        "blocking_op": blocking_op(node) if node is not None else "",
+        "blocking_source": blocking_source(node) if node is not None else "",
+        "advice": advice_of(miss),
+    }
+
+
+def leave(site: SiteRecord, miss: Miss) -> None:
+    """Say of a rewritten site that it was put back, and why."""
+    site.status, site.reason = "kept", reason_of(miss)
+    site.code, site.advice = miss.code, advice_of(miss)
