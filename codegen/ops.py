@@ -65,7 +65,7 @@ def _scores(
         states.append(step.apply(states[-1], named))
     if isinstance(spec.mask, Full):
         return [*states, states[-1]], None
-    keep = spec.mask.keep(Grid(q.shape[2], k.shape[2], q.device, named))
+    keep = spec.mask.keep(Grid(q.shape[2], k.shape[2], q.device, named, *q.shape[:2]))
     return [*states, spec.fill.apply(states[-1], keep)], keep
 
 

@@ -277,7 +277,9 @@ class AttentionSpec:
         for step in self.scores:
             s = step.apply(s, named)
         if not isinstance(self.mask, Full):
-            s = self.fill.apply(s, self.mask.keep(Grid(q.shape[2], k.shape[2], q.device, named)))
+            s = self.fill.apply(
+                s, self.mask.keep(Grid(q.shape[2], k.shape[2], q.device, named, *q.shape[:2]))
+            )
         weights, lse = self.norm.apply(s, named)
         if self.dropout:
             weights = torch.dropout(weights, self.dropout, True)

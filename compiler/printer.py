@@ -4,7 +4,7 @@ The grammar is the one that ``str`` writes (see ``attnc.ir`` and ``attnc.masks``
 
 spec = "attn" operand operand operand "group=" INT step* "mask=" mask [fill] norm [dropout] ("with" operand)*
 operand= NAME "=" AXES "[" DIM ("," DIM)* "]:" DTYPE mask = "none" | atom | "~" mask | "(" mask (("&" | "|")
-mask)* ")"
+mask)* ")"; an atom in braces is a formula over positions (see ``attnc.formula_text``)
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from functools import lru_cache
 
 import torch
 
+from attnc.formula_text import named
+from attnc.formula_text import parse as parse_formula
 from attnc.ir import AttentionSpec, Bias, Fill, Gain, Operand, Scale, Softcap, Softmax, Step
-from attnc.masks import And, Band, Dense, Full, Mask, Not, Or, Padding, Range
+from attnc.masks import And, Band, Dense, Formula, Full, Mask, Not, Or, Padding, Range
 
 _OPERAND = re.compile(r"(\w+)=(\w+)\[([^\]]*)\]:(\w+)")
 # A size is a number, a name, or text with calls in it, such as Mod(s77,8).
 _DIM = re.compile(r"(?:[^,()]|\((?:[^()]|\([^()]*\))*\))+")
-_TOKEN = re.compile(r"\s*([()&|~]|[a-z]+(?:\([^()]*\))?)")
+_TOKEN = re.compile(r"\s*([()&|~]|\{[^{}]*\}|[a-z]+(?:\([^()]*\))?)")
 
 
 @lru_cache(maxsize=1024)
@@ -130,20 +132,25 @@ def _mask_and_rest(text: str) -> tuple[Mask, str]:
 
 
 def _atom(token: str) -> Mask:
+    if token.startswith("{"):
+        return Formula(parse_formula(token))
     kind, _, inside = token.partition("(")
     args = inside.rstrip(")").split(",") if inside else []
-    named = dict(a.split("=", 1) for a in args if "=" in a)
+    keys = dict(a.split("=", 1) for a in args if "=" in a)
     if kind == "none":
         return Full()
     if kind == "causal":
         return Band(None, 0, "end" if args == ["end"] else "start")
     if kind == "window":
-        left, right = (int(named[n]) if n in named else None for n in ("left", "right"))
-        return Band(left, right, "end" if named.get("align") == "end" else "start")
+        left, right = (int(keys[n]) if n in keys else None for n in ("left", "right"))
+        return Band(left, right, "end" if keys.get("align") == "end" else "start")
     if kind == "range" and len(args) == 3 and args[0] in ("q", "k"):
         return Range("k" if args[0] == "k" else "q", int(args[1]), int(args[2]))
     if kind == "padding" and len(args) == 2:
         return Padding(args[1], "k" if args[0] == "key" else "q")
     if kind == "dense" and len(args) == 1:
         return Dense(args[0])
-    raise ValueError(f"expected none, causal, window, range, padding or dense, found {token!r}")
+    short = named(kind, args)
+    if short is not None:
+        return Formula(short)
+    raise ValueError(f"expected none, causal, window, range, padding, dense or a formula, found {token!r}")

@@ -18,8 +18,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"compiler": "attnc", "passes": "attnc.passes", "codegen": "attnc.codegen"}
-LOW = tuple(f"attnc.{n}" for n in ("ir", "expr", "polynomial", "terms", "masks", "errors", "logs"))
-CORE = (*LOW, "attnc.printer", "attnc.sizes", "attnc.editing", "attnc.cost")
+_MASKS = ("masks", "mask_atoms", "mask_joins", "formula", "formula_text", "intervals")
+LOW = tuple(f"attnc.{n}" for n in ("ir", "expr", "polynomial", "terms", *_MASKS, "errors", "logs"))
+CORE = (*LOW, "attnc.formula_nodes", "attnc.printer", "attnc.sizes", "attnc.editing", "attnc.cost")
 JOINERS = ("attnc.pipeline", "attnc.api", "attnc.cli")
 HEAVY = ("onnx", "onnxruntime", "onnxscript", "triton", "transformers")
 

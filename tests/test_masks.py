@@ -5,15 +5,21 @@ Each against the mask written out.
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attnc import expr as E
+from attnc.expr import Expr
+from attnc.formula import POSITIONS, SK, SQ, is_closed
+from attnc.formula_text import blocks, chunk, document, prefix, stride
 from attnc.masks import (
     CAUSAL,
     And,
     Band,
     Dense,
+    Formula,
     Full,
     Grid,
     Mask,
@@ -22,19 +28,53 @@ from attnc.masks import (
     Padding,
     Range,
     both,
+    condition,
     either,
     may_hide_a_whole_row,
 )
+from attnc.printer import parse_mask
 
 B, H = 2, 2
 DATA = {"row": "bk", "rows": "bq", "tensor": "bhqk"}
+IDS = {"ids": "bk", "own": "bq", "far": "b"}
 
 ends = st.one_of(st.none(), st.integers(-3, 6))
 bands = st.builds(Band, ends, ends, st.sampled_from(["start", "end"]))
 ranges = st.builds(Range, st.sampled_from(["q", "k"]), st.integers(0, 4), st.integers(0, 7))
-closed_atoms = st.one_of(bands, ranges, st.just(Full()))
+small = st.integers(-4, 6).map(E.integer)
+places = st.sampled_from([*POSITIONS.values(), SQ, SK])
+sums = st.tuples(small, places, small).map(lambda t: E.add(E.mul(t[0], t[1]), t[2]))
+ids = st.sampled_from([E.load(name, tuple(POSITIONS[a] for a in axes), "int") for name, axes in IDS.items()])
+
+
+def wider(inner: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
+    divisors = st.integers(1, 5).map(E.integer)
+    pairs = st.tuples(inner, inner)
+    return st.one_of(
+        pairs.map(lambda t: E.add(*t)),
+        pairs.map(lambda t: E.sub(*t)),
+        st.tuples(inner, divisors).map(lambda t: E.floordiv(*t)),
+        st.tuples(inner, divisors).map(lambda t: E.mod(*t)),
+        st.tuples(inner, inner, inner).map(lambda t: E.where(E.le0(t[0]), t[1], t[2])),
+    )
+
+
+def formulas_of(leaf: st.SearchStrategy[Expr]) -> st.SearchStrategy[Mask]:
+    terms = st.recursive(leaf, wider, max_leaves=4)
+    conditions = st.one_of(terms.map(E.le0), terms.map(E.eq0))
+    pairs = st.tuples(conditions, conditions)
+    joined = st.one_of(conditions, pairs.map(lambda t: E.or_(*t)), pairs.map(lambda t: E.and_(*t)))
+    return joined.map(Formula)
+
+
+named = st.sampled_from([chunk(3), blocks(2), stride(2), stride(3, 1)]).map(Formula)
+named_data = st.sampled_from([document("own", "ids"), prefix("far")]).map(Formula)
+formulas = st.one_of(named, formulas_of(sums))
+closed_atoms = st.one_of(bands, ranges, formulas, st.just(Full()))
 atoms = st.one_of(
     closed_atoms,
+    named_data,
+    formulas_of(st.one_of(sums, ids)),
     st.sampled_from([Padding("row", "k"), Padding("rows", "q"), Dense("tensor")]),
 )
 
@@ -52,12 +92,49 @@ lengths = st.tuples(st.integers(1, 7), st.integers(1, 7))
 def captured(sq: int, sk: int, seed: int) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     shapes = {"bk": (B, sk), "bq": (B, sq), "bhqk": (B, H, sq, sk)}
-    return {name: torch.rand(shapes[axes], generator=g) < 0.5 for name, axes in DATA.items()}
+    bools = {name: torch.rand(shapes[axes], generator=g) < 0.5 for name, axes in DATA.items()}
+    sizes = {"bk": (B, sk), "bq": (B, sq), "b": (B,)}
+    return bools | {n: torch.randint(-1, 3, sizes[axes], generator=g) for n, axes in IDS.items()}
+
+
+def evaluate(e: Expr, env: dict[str, int], data: dict[str, torch.Tensor]) -> int:
+    """Return the value of a term or a condition (0 or 1), with Python's integers."""
+
+    def go(x: Expr) -> int:
+        return evaluate(x, env, data)
+
+    if e.op == "poly":
+        total = 0
+        for m, c in E.terms(e):
+            for g in m:
+                c *= go(g)
+            total += c
+        return total
+    match e.op:
+        case "index" | "size":
+            return env[e.args[0]]
+        case "load":
+            return int(data[e.args[0]][tuple(go(i) for i in e.args[1])])
+        case "floordiv":
+            return go(e.args[0]) // go(e.args[1])
+        case "mod":
+            return go(e.args[0]) % go(e.args[1])
+        case "where":
+            return go(e.args[1]) if go(e.args[0]) else go(e.args[2])
+        case "true" | "false":
+            return int(e.op == "true")
+        case "le0":
+            return int(go(e.args[0]) <= 0)
+        case "eq0":
+            return int(go(e.args[0]) == 0)
+        case "not":
+            return 1 - go(e.args[0])
+    return (all if e.op == "and" else any)(go(x) for x in e.args[0])
 
 
 def written_out(mask: Mask, sq: int, sk: int, seed: int = 0) -> torch.Tensor:
     """Return the mask as bool ``[B, H, Sq, Sk]``."""
-    grid = Grid(sq, sk, torch.device("cpu"), captured(sq, sk, seed))
+    grid = Grid(sq, sk, torch.device("cpu"), captured(sq, sk, seed), B, H)
     return mask.keep(grid).expand(B, H, sq, sk)
 
 
@@ -74,6 +151,8 @@ def by_definition(mask: Mask, sq: int, sk: int, seed: int = 0) -> torch.Tensor:
                 return (left is None or d <= left) and (right is None or -right <= d)
             case Range(axis, lo, hi):
                 return lo <= (q if axis == "q" else k) < hi
+            case Formula(value):
+                return bool(evaluate(value, {"b": b, "h": h, "q": q, "k": k, "Sq": sq, "Sk": sk}, data))
             case Padding(name, axis):
                 return bool(data[name][b, k if axis == "k" else q])
             case Dense(name):
@@ -171,3 +250,54 @@ def test_report_names_roles_and_text_names_operands():
     assert And((CAUSAL, Or((Dense("a"), Range("k", 0, 4))))).describe() == "causal & (dense | range(k,0,4))"
     assert Not(Dense("a")).describe() == "~(dense)"
     assert both(CAUSAL, Padding("b"), Dense("a"), Padding("b")).operands == ("b", "a")
+
+
+@settings(max_examples=150, deadline=None)
+@given(masks)
+def test_texts_are_read_back(mask):
+    assert parse_mask(str(mask)) == mask
+
+
+@settings(max_examples=50, deadline=None)
+@given(masks, lengths)
+def test_the_condition_of_a_mask_is_the_mask(mask, n):
+    whole = Formula(condition(mask))
+    if is_closed(whole.value):
+        assert torch.equal(written_out(whole, *n), written_out(mask, *n))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("chunk(16)", "chunk(16)"),
+        ("blocks(4)", "blocks(4)"),
+        ("stride(2)", "stride(2)"),
+        ("stride(3,1)", "stride(3,1)"),
+        ("document(c0,c1)", "document"),
+        ("document(c1,c0)", "document"),
+        ("document(c0)", "document"),
+        ("prefix(c2)", "prefix"),
+        ("{q//4==k//8}", "{q//4==k//8}"),
+    ],
+)
+def test_usual_formulas_have_short_names(text, told):
+    mask = parse_mask(text)
+    assert isinstance(mask, Formula)
+    assert str(mask) == text
+    assert mask.describe() == told
+
+
+def test_tiles_of_chunks_are_exact():
+    mask = both(CAUSAL, Formula(chunk(4)))
+    assert mask.classify((0, 3), (4, 7), 16, 16) == "skip"
+    assert mask.classify((4, 7), (4, 7), 16, 16) == "mixed"
+    assert Formula(chunk(4)).classify((8, 11), (8, 11), 16, 16) == "full"
+
+
+def test_rows_of_formulas_that_see_their_own_key_are_known():
+    assert not may_hide_a_whole_row(both(CAUSAL, Formula(chunk(4))), 9, 9)
+    assert not may_hide_a_whole_row(Formula(document("ids")), 9, 9)
+    assert not may_hide_a_whole_row(either(CAUSAL, Formula(prefix("far"))))
+    assert may_hide_a_whole_row(Formula(chunk(4)), 9, 4)
+    assert may_hide_a_whole_row(Formula(stride(3, 1)), 9, 9)
+    assert may_hide_a_whole_row(Formula(document("own", "ids")), 9, 9)

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attnc.errors import UnsupportedError
-from attnc.masks import And, Band, Dense, Full, Mask, Not, Or, Padding, Range
+from attnc.formula import fold
+from attnc.intervals import Intervals
+from attnc.masks import And, Band, Dense, Formula, Full, Mask, Not, Or, Padding, Range
 
 SKIP, MIXED, FULL = 0, 1, 2
 """The classes; in this order a conjunction is the least, a disjunction the greatest, a negation ``2 - x``."""
@@ -87,6 +89,10 @@ def _classes(mask: Mask, q: Interval, k: Interval, sq: int, sk: int) -> Tensor:
         case Range(axis, lo, hi):
             first, last = k if axis == "k" else q
             return _ternary((last < lo) | (first >= hi), (first >= lo) & (last < hi))
+        case Formula(value):
+            may, must = fold(value, Intervals({"q": q, "k": k, "Sq": (sq, sq), "Sk": (sk, sk)}))
+            may, must = (torch.as_tensor(x).expand(1, 1) if isinstance(x, bool) else x for x in (may, must))
+            return _ternary(~may, must)
         case And(parts) | Or(parts):
             join = torch.minimum if isinstance(mask, And) else torch.maximum
             out = _classes(parts[0], q, k, sq, sk)
@@ -95,7 +101,7 @@ def _classes(mask: Mask, q: Interval, k: Interval, sq: int, sk: int) -> Tensor:
             return out
         case Not(part):
             return FULL - _classes(part, q, k, sq, sk)
-    raise UnsupportedError(f"block_lists: expected a band, range, padding, dense, and, or, not, found {mask}")
+    raise UnsupportedError(f"block_lists: expected a mask of known kind, found {mask}")
 
 
 def _band(mask: Band, q: Interval, k: Interval, shift: int) -> Tensor:

@@ -13,6 +13,7 @@ from attnc.codegen.flex.source import source
 from attnc.editing import Builder
 from attnc.errors import UnsupportedError
 from attnc.ir import AttentionSpec, Bias, Gain, Miss
+from attnc.masks import integers
 
 
 def can_run(spec: AttentionSpec, device: str) -> Miss | None:
@@ -49,8 +50,9 @@ def _lacks(spec: AttentionSpec, device: str) -> Miss | None:
 def _wrong_operand(spec: AttentionSpec) -> Miss | None:
     """Say which captured tensor cannot be read element by element."""
     dtypes = {o.name: o.dtype for o in spec.captured}
+    whole = (torch.int64, torch.int32)  # rows of ids and lengths, which formulas read
     for name in spec.mask.operands:
-        if dtypes[name] != torch.bool:
+        if dtypes[name] != torch.bool and not (dtypes[name] in whole and name in integers(spec.mask)):
             return Miss("flex-mask-dtype", "", f"a mask must be bool, found {dtypes[name]} for {name}")
     for step in spec.scores:
         if isinstance(step, Bias | Gain) and not dtypes[step.operand].is_floating_point:

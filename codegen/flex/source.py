@@ -21,8 +21,10 @@ from typing import Literal
 import torch
 
 from attnc.errors import UnsupportedError
+from attnc.formula import fold
+from attnc.formula_text import Text
 from attnc.ir import AttentionSpec, Bias, Gain, Scale, Softcap, Step
-from attnc.masks import And, Band, Dense, Full, Mask, Not, Or, Padding, Range
+from attnc.masks import And, Band, Dense, Formula, Full, Mask, Not, Or, Padding, Range
 
 Broadcast = tuple[bool, ...]
 """Which axes of a captured tensor have size 1."""
@@ -258,12 +260,33 @@ class _Text:
                 return self.read(operand, f"b{axis}")
             case Dense(operand):
                 return self.read(operand)
+            case Formula(value):
+                return fold(value, _FormulaText(self))
             case And(parts) | Or(parts):
                 sign = " & " if isinstance(mask, And) else " | "
                 return sign.join(_bracket(self.mask(p)) for p in parts)
             case Not(part):
                 return f"~{_bracket(self.mask(part))}"
-        raise UnsupportedError(f"flex: expected a band, range, padding, dense, and, or, not, found {mask}")
+        raise UnsupportedError(f"flex: expected a mask of known kind, found {mask}")
+
+
+class _FormulaText(Text):
+    """Formulas as torch expressions over ``b, h, q, k`` and ``lengths``."""
+
+    def __init__(self, text: _Text) -> None:
+        self.text = text
+
+    def symbol(self, name: str) -> str:
+        """Return a position, or an element of ``lengths``."""
+        return {"Sq": "lengths[0]", "Sk": "lengths[1]"}.get(name, name)
+
+    def read(self, operand: str, axes: str) -> str:
+        """Return the element; an axis of size 1 is read at 0."""
+        return self.text.read(operand, axes)
+
+    def where(self, c: str, a: str, b: str) -> str:
+        """Return the choice."""
+        return f"torch.where({c}, {a}, {b})"
 
 
 def _band(left: int | None, right: int | None, p: str) -> str:

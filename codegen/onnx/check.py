@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from attnc import expr as E
 from attnc.codegen.onnx.builder import MICROSOFT, OURS, Builder, onnx_dtype
 from attnc.codegen.onnx.lower import Functions, lower
 from attnc.codegen.onnx.runtime import Session, failures
 from attnc.codegen.onnx.sites import ABSORBS, Call
 from attnc.codegen.onnx.table import Row
 from attnc.ir import Bias, Operand
-from attnc.masks import And, Band, Mask, Not, Or, Range
+from attnc.masks import And, Band, Formula, Mask, Not, Or, Range
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -108,6 +109,9 @@ def _bounds(mask: Mask) -> list[int]:
         return _bounds(mask.part)
     if isinstance(mask, Band):
         return [n for n in (mask.left, mask.right) if n is not None]
+    if isinstance(mask, Formula):
+        terms = [x for x in E.walk(mask.value) if x.op == "poly"]
+        return [2 * abs(n) for x in terms for m, n in E.terms(x) if not m]
     return [mask.lo, mask.hi] if isinstance(mask, Range) else []
 
 

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from attnc.codegen.onnx.builder import Builder
+from attnc.codegen.onnx.formulas import Operators
 from attnc.errors import CodegenError
-from attnc.masks import And, Band, Dense, Full, Mask, Not, Or, Padding, Range
+from attnc.formula import fold
+from attnc.masks import And, Band, Dense, Formula, Full, Mask, Not, Or, Padding, Range
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -42,6 +44,8 @@ def keep(b: Builder, mask: Mask, q: ir.Value, k: ir.Value, captured: Mapping[str
         return b.op("Unsqueeze", row, b.ints(1, 2) if mask.axis == "k" else b.ints(1, 3), dtype=torch.bool)
     if isinstance(mask, Dense):
         return b.cast(captured[mask.operand], torch.bool)
+    if isinstance(mask, Formula):
+        return fold(mask.value, Operators(b, q, k, captured))
     if isinstance(mask, Full):
         return b.op("Unsqueeze", b.const([1], torch.bool), b.ints(0, 1, 2), dtype=torch.bool)
     raise CodegenError(f"ONNX export: no operators are known for the mask {mask}")

@@ -16,8 +16,10 @@ import torch
 from torch import fx
 
 from attnc.editing import Builder
+from attnc.formula import fold
+from attnc.formula_nodes import Nodes
 from attnc.ir import AttentionSpec, Bias, Miss, Scale
-from attnc.masks import And, Band, Dense, Full, Mask, Not, Or, Padding, Range, may_hide_a_whole_row
+from attnc.masks import And, Band, Dense, Formula, Full, Mask, Not, Or, Padding, Range, may_hide_a_whole_row
 from attnc.sizes import dim
 
 aten = torch.ops.aten
@@ -231,6 +233,8 @@ def _keep(build: Builder, mask: Mask, named: dict[str, fx.Node], q: fx.Node, k: 
         return call(aten.unsqueeze.default, row, 2 if mask.axis == "k" else 3)
     if isinstance(mask, Dense):
         return named[mask.operand]
+    if isinstance(mask, Formula):
+        return fold(mask.value, Nodes(build, q, k, named))
     i = call(aten.arange.default, build.size(sq, q), device=device)
     j = call(aten.arange.default, build.size(sk, k), device=device)
     i = call(aten.unsqueeze.default, i, 1)

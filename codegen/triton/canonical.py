@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from attnc.codegen.triton.inputs import Input, name_inputs
 from attnc.ir import AttentionSpec, Bias, Gain, Operand, Step
-from attnc.masks import And, Dense, Mask, Not, Or, Padding
+from attnc.masks import rename
 
 _SIZES = {"b": "b", "h": "h", "q": "sq", "k": "sk"}
 
@@ -31,7 +31,7 @@ def canonical(spec: AttentionSpec) -> AttentionSpec:
         k=k,
         v=v,
         scores=tuple(_step(s, names) for s in spec.scores),
-        mask=_mask(spec.mask, names),
+        mask=rename(spec.mask, names),
         norm=replace(spec.norm, sink=names[sink] if isinstance(sink, str) else sink),
         captured=tuple(_operand(o, names[o.name], inputs) for o in spec.captured),
     )
@@ -52,15 +52,3 @@ def _operand(operand: Operand, name: str, inputs: tuple[Input, ...]) -> Operand:
 
 def _step(step: Step, names: Mapping[str, str]) -> Step:
     return replace(step, operand=names[step.operand]) if isinstance(step, Bias | Gain) else step
-
-
-def _mask(mask: Mask, names: Mapping[str, str]) -> Mask:
-    match mask:
-        case And(parts) | Or(parts):
-            return replace(mask, parts=tuple(_mask(p, names) for p in parts))
-        case Not(part):
-            return Not(_mask(part, names))
-        case Padding() | Dense():
-            return replace(mask, operand=names[mask.operand])
-        case _:
-            return mask

@@ -15,11 +15,12 @@ from typing import Any
 from attnc import logs
 from attnc.codegen.triton.canonical import canonical
 from attnc.codegen.triton.configs import Config, choose
+from attnc.codegen.triton.formulas import problem as formula_problem
 from attnc.codegen.triton.holes import fill_holes
 from attnc.codegen.triton.inputs import FLOATS, problem
 from attnc.errors import CodegenError, UnsupportedError
 from attnc.ir import AttentionSpec, Bias, Gain, Kernel, Miss, Plan, Scale, Softcap, Softmax
-from attnc.masks import And, Band, Dense, Full, Mask, Not, Or, Padding, Range
+from attnc.masks import And, Band, Dense, Formula, Full, Mask, Not, Or, Padding, Range
 from attnc.printer import parse
 
 MAX_HEAD = 256
@@ -50,7 +51,7 @@ def _obstacles(spec: AttentionSpec, node: str) -> Iterator[Miss]:
     if not isinstance(spec.norm, Softmax):
         yield Miss("triton-normalizer", node, f"triton: expected softmax, found {spec.norm}")
     if not _known(spec.mask):
-        why = f"triton: expected a mask of band, range, padding and dense parts, found {spec.mask}"
+        why = f"triton: expected a mask of known parts, formulas small and over q and k, found {spec.mask}"
         yield Miss("triton-mask-kind", node, why)
     problems = problem(spec)
     if problems:
@@ -62,6 +63,8 @@ def _known(mask: Mask) -> bool:
         return all(map(_known, mask.parts))
     if isinstance(mask, Not):
         return _known(mask.part)
+    if isinstance(mask, Formula):
+        return formula_problem(mask.value) is None
     return isinstance(mask, Full | Band | Range | Padding | Dense)
 
 

@@ -27,12 +27,14 @@ from attnc.masks import Full, Mask
 CASES = ((1, 1, 1, 1), (2, 2, 33, 17), (1, 2, 17, 65), (2, 1, 65, 65), (1, 2, 300, 300), (2, 2, 129, 513))
 """Batch, key/value heads, Sq and Sk of the self-test; the interpreter runs the first four."""
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.bool: "u8"}
+_TYPES |= {torch.int64: "i64", torch.int32: "i32"}
 _AXES = {"b": "B", "h": "H", "q": "Sq", "k": "Sk"}
 _ROLES = {
     "bias": "added to the scores",
     "gain": "multiplies the scores",
     "valid": "bool, tokens that count",
     "seen": "bool, pairs that count",
+    "ids": "integers that the mask compares",
     "sink": "one logit per head, in the denominator only",
 }
 
@@ -135,6 +137,8 @@ def _sample(x: Input | None) -> str:
     if x.is_bool:
         return f"torch.rand{shape} < 0.7".replace("(", "(", 1).replace(")", ", generator=g)", 1)
     dtype = str(x.operand.dtype)
+    if x.is_integer:
+        return f"torch.randint(0, 3, {shape}, generator=g).to({dtype})"
     draw = f"torch.randn{shape}".replace(",)", ")").removesuffix(")") + ", generator=g)"
     return f"{draw}.to({dtype})" if x.role != "gain" else f"(1 + 0.3 * {draw}).to({dtype})"
 
@@ -186,7 +190,7 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any
         ],
         "keep": tiles.keep(spec.mask, inputs) if masked else "",
         "fill": fill_text(spec.fill),
-        "mask_loads": [_input(x) for x in inputs if x.is_bool and x.per_tile],
+        "mask_loads": [_input(x) for x in inputs if (x.is_bool or x.is_integer) and x.per_tile],
         "loops": tiles.loops(spec.mask, spec.fill, call),
         "floor": "" if floor is None else repr(floor),
         "restart": tiles.loop("0", "sk", call(True), "tl.range({}, {}, BLOCK_N, num_stages=1)"),

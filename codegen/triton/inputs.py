@@ -12,10 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
+from attnc import expr as E
+from attnc.formula import reading
 from attnc.ir import AttentionSpec, Bias, Gain, Operand
-from attnc.masks import And, Dense, Mask, Not, Or, Padding
+from attnc.masks import And, Dense, Formula, Mask, Not, Or, Padding
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+INTEGERS = (torch.int64, torch.int32)
 _SIZE = {"b": "batch", "h": "heads", "q": "sq", "k": "sk"}
 
 
@@ -38,6 +41,11 @@ class Input:
     def is_bool(self) -> bool:
         """Say whether it is a mask, which the kernel reads as bytes."""
         return self.role in ("valid", "seen")
+
+    @property
+    def is_integer(self) -> bool:
+        """Say whether it holds ids or lengths, which a formula of the mask reads."""
+        return self.role == "ids"
 
     @property
     def per_tile(self) -> bool:
@@ -82,6 +90,8 @@ class Input:
         )
         bounds = f", mask={' & '.join(inside)}, other=0" if inside else ""
         text = f"tl.load({f'{self.name}_tile' if self.per_tile else self.where()}{bounds})"
+        if self.is_integer:
+            return text
         return f"{text} != 0" if self.is_bool else f"{text}.to(tl.float32)"
 
 
@@ -122,7 +132,9 @@ def problem(spec: AttentionSpec) -> str | None:
             return f"{o.name} has shape {list(o.shape)}, expected the axes {x.layout}"
         if x.is_bool and o.dtype != torch.bool:
             return f"the mask {o.name} is {o.dtype}, expected torch.bool"
-        if not x.is_bool and o.dtype not in FLOATS:
+        if x.is_integer and o.dtype not in INTEGERS:
+            return f"the ids {o.name} are {o.dtype}, expected int64 or int32"
+        if not x.is_bool and not x.is_integer and o.dtype not in FLOATS:
             return f"{o.name} is {o.dtype}, expected float16, bfloat16 or float32"
     return None
 
@@ -136,6 +148,9 @@ def _uses(spec: AttentionSpec, operand: Operand) -> dict[tuple[str, str], None]:
     for atom in atoms(spec.mask):
         if isinstance(atom, Padding) and atom.operand == operand.name:
             found["valid", "b" + atom.axis] = None
+        if isinstance(atom, Formula):
+            reads = [x for x in E.walk(atom.value) if x.op == "load" and x.args[0] == operand.name]
+            found |= {("ids", reading(x) or ""): None for x in reads}
         if isinstance(atom, Dense) and atom.operand == operand.name:
             found["seen", "bhqk"] = None
     if spec.norm.sink == operand.name:

@@ -12,11 +12,14 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from attnc import formula
+from attnc.codegen.triton.formulas import Kernel
 from attnc.codegen.triton.inputs import Input, find
 from attnc.codegen.triton.steps import UNDERFLOW, hidden
 from attnc.errors import UnsupportedError
+from attnc.formula_text import short
 from attnc.ir import Fill
-from attnc.masks import And, Band, Dense, Full, Mask, Not, Or, Padding, Range, may_hide_a_whole_row
+from attnc.masks import And, Band, Dense, Formula, Full, Mask, Not, Or, Padding, Range, may_hide_a_whole_row
 
 FAR = -1e9
 """A fill this low hides for good: a visible score would have to be as low to let a hidden one through."""
@@ -74,6 +77,8 @@ def outer(mask: Mask) -> tuple[Interval, ...]:
             return (_band(mask, "last", "first"),)
         case Range(axis="k"):
             return (_range(mask),)
+        case Formula():
+            return (_coarse(mask, "first", "last"),)
         case Range():
             return (Interval((), (f"tl.where((first < {mask.hi}) & (last >= {mask.lo}), sk, 0)",)),)
         case And(parts):
@@ -95,6 +100,9 @@ def inner(mask: Mask) -> tuple[Interval, ...]:
             return (_band(mask, "first", "last"),)
         case Range(axis="k"):
             return (_range(mask),)
+        case Formula():
+            found = _coarse(mask, "last", "first")
+            return () if found == EVERYTHING else (found,)
         case Range():
             return (Interval((), (f"tl.where((first >= {mask.lo}) & (last < {mask.hi}), sk, 0)",)),)
         case And(parts):
@@ -105,6 +113,16 @@ def inner(mask: Mask) -> tuple[Interval, ...]:
             return _complement(outer(part))
         case _:
             return ()
+
+
+def _coarse(mask: Formula, early: str, late: str) -> Interval:
+    """Return the keys from the start of ``early``'s chunk to the end of ``late``'s, else all."""
+    found = short(mask.value)
+    if found is None or found[0] not in ("chunk", "blocks"):
+        return EVERYTHING
+    n = found[1][0]
+    los = (f"{early} // {n} * {n}",) if found[0] == "chunk" else ()
+    return Interval(los, (f"{late} // {n} * {n} + {n}",))
 
 
 def _range(mask: Range) -> Interval:
@@ -232,16 +250,16 @@ def _span_lines(span: Span, call: Call, *, tag: str, previous: str | None) -> li
 
 def keep(mask: Mask, inputs: tuple[Input, ...]) -> str:
     """Return the predicate of a tile; ``qi`` is a column of query indices and ``ki`` a row of key indices."""
-    return _write(mask, inputs, lambda x: x.name)
+    return _write(mask, inputs, lambda x: x.name, "tl.where")
 
 
 def reference_keep(mask: Mask, inputs: tuple[Input, ...]) -> str:
     """Return the predicate in torch, over all of ``[B, H, Sq, Sk]``."""
-    views = {"bk": "[:, None, None, :]", "bq": "[:, None, :, None]"}
-    return _write(mask, inputs, lambda x: x.tensor + views.get(x.layout, ""))
+    views = {"bk": "[:, None, None, :]", "bq": "[:, None, :, None]", "b": "[:, None, None, None]"}
+    return _write(mask, inputs, lambda x: x.tensor + views.get(x.layout, ""), "torch.where")
 
 
-def _write(mask: Mask, inputs: tuple[Input, ...], name: Callable[[Input], str]) -> str:
+def _write(mask: Mask, inputs: tuple[Input, ...], name: Callable[[Input], str], where: str) -> str:
     match mask:
         case Band(left, right, align):
             p = "qi + (sk - sq)" if align == "end" else "qi"
@@ -256,11 +274,13 @@ def _write(mask: Mask, inputs: tuple[Input, ...], name: Callable[[Input], str]) 
         case Dense(operand):
             return name(find(inputs, operand, "bhqk"))
         case And(parts):
-            return _join("&", [_write(p, inputs, name) for p in parts])
+            return _join("&", [_write(p, inputs, name, where) for p in parts])
         case Or(parts):
-            return _join("|", [_write(p, inputs, name) for p in parts])
+            return _join("|", [_write(p, inputs, name, where) for p in parts])
         case Not(part):
-            return f"~({_write(part, inputs, name)})"
+            return f"~({_write(part, inputs, name, where)})"
+        case Formula(value):
+            return formula.fold(value, Kernel(lambda o, axes: name(find(inputs, o, axes)), where))
         case Full():
             return "ki >= 0"
         case _:
@@ -275,5 +295,5 @@ def _join(sign: str, parts: list[str]) -> str:
     return (
         parts[0]
         if len(parts) == 1
-        else f" {sign} ".join(f"({p})" if set(p) & set("<>&|~") else p for p in parts)
+        else f" {sign} ".join(f"({p})" if set(p) & set("<>=&|~") else p for p in parts)
     )

@@ -14,8 +14,10 @@ import torch
 from torch import fx
 
 from attnc import cost
+from attnc.formula import fold
+from attnc.intervals import Intervals
 from attnc.ir import AttentionSpec, Bias, Dim
-from attnc.masks import Dense, Full, Mask
+from attnc.masks import Dense, Full, Mask, condition
 
 TILE = 64
 """Tokens per side of the tiles that are classed to estimate how much of a mask is alive."""
@@ -74,12 +76,13 @@ def live(mask: Mask, sq: int, sk: int) -> float:
     rows, cols = (range(0, n, TILE) for n in (sq, sk))
     if isinstance(mask, Full) or len(rows) * len(cols) > 1 << 16:
         return 1.0
-    seen = sum(
-        mask.classify((i, min(i + TILE, sq) - 1), (j, min(j + TILE, sk) - 1), sq, sk) != "skip"
-        for i in rows
-        for j in cols
-    )
-    return seen / (len(rows) * len(cols))
+    first_q, first_k = torch.arange(0, sq, TILE)[:, None], torch.arange(0, sk, TILE)[None, :]
+    tile = {
+        "q": (first_q, (first_q + TILE - 1).clamp(max=sq - 1)),
+        "k": (first_k, (first_k + TILE - 1).clamp(max=sk - 1)),
+    }
+    may, _ = fold(condition(mask), Intervals({**tile, "Sq": (sq, sq), "Sk": (sk, sk)}))
+    return float(torch.as_tensor(may).expand(len(rows), len(cols)).float().mean())
 
 
 def price(spec: AttentionSpec, known: Mapping[str, int], fused: bool) -> cost.Cost:

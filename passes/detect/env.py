@@ -26,21 +26,8 @@ cumsum cumprod prod var std linalg_vector_norm norm argmax
 _METADATA_READERS = (
     "zeros_like ones_like full_like empty_like rand_like new_zeros new_ones new_full new_empty"
 )
-_LAYERS = frozenset(
-    [
-        "linear",
-        "addmm",
-        "matmul",
-        "mm",
-        "bmm",
-        "baddbmm",
-        "einsum",
-        "convolution",
-        "conv1d",
-        "conv2d",
-        "conv3d",
-    ]
-)
+_PRODUCTS = frozenset(("addmm", "matmul", "mm", "bmm", "baddbmm", "einsum"))
+_LAYERS = frozenset(("linear", "convolution", "conv1d", "conv2d", "conv3d")) | _PRODUCTS
 BARRIERS = frozenset(_BARRIER_NAMES.split() + _METADATA_READERS.split())
 
 

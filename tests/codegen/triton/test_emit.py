@@ -18,7 +18,9 @@ from attnc.errors import CodegenError, UnsupportedError
 from attnc.printer import parse
 
 
-@pytest.mark.parametrize("name", ["causal", "left_padded", "window_and_sinks", "biases", "capped_window"])
+@pytest.mark.parametrize(
+    "name", ["causal", "left_padded", "window_and_sinks", "biases", "capped_window", "documents"]
+)
 def test_the_file_is_the_one_that_was_reviewed(name: str, corpus, golden) -> None:
     kernel = emit(corpus[name], name=name)
     golden(f"kernel/{name}.py", kernel.source.replace(kernel.key, "<key>"))

@@ -271,7 +271,7 @@ def _sample(case, device):
 
 def _surround(x):
     """Return x as a view into memory that is NaN before, between and after its rows, so that stray reads show."""
-    room = torch.full([n + 2 for n in x.shape], True if x.dtype == torch.bool else float("nan"), dtype=x.dtype)
+    room = torch.full([n + 2 for n in x.shape], float("nan") if x.is_floating_point() else True, dtype=x.dtype)
     view = room[tuple(slice(1, n + 1) for n in x.shape)]
     return view.copy_(x)
 
