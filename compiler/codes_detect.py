@@ -108,6 +108,13 @@ WEIGHTS = (
 
 OPERANDS = (
     Code(
+        "pieces-differ",
+        "Give all pieces one query, one scale and plain additive masks; other masks can be added as tensors.",
+        "The weights of one softmax meet values in several contractions, as block-sparse attention does. With "
+        "the keys side by side that is one attention, if the pieces have the same queries, scale and layout; "
+        "one of them does not.",
+    ),
+    Code(
         "no-key-side",
         "Let exactly one of the two contracted tensors vary along the keys.",
         "Both operands of the scores contraction vary along the axis that the softmax normalizes, or "

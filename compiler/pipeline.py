@@ -29,7 +29,7 @@ from attnc.codegen.select import select
 from attnc.ir import AttentionSpec, Miss, Plan
 from attnc.passes.analyze.price import gain, hints, price, sizes
 from attnc.passes.detect import Found, detect
-from attnc.passes.rewrite.apply import Rewriter, leaves
+from attnc.passes.rewrite.apply import Rewriter
 from attnc.passes.rewrite.forms import Forms
 from attnc.passes.rewrite.fuse.fused import Fused
 from attnc.passes.rewrite.quant.projections import projections
@@ -311,9 +311,9 @@ def _verify(
 
 def _site_to_check(job: Job, captured: Captured) -> checks.SiteToCheck:
     found, links = job.found, captured.links
-    sources = {n: links[r.source] for n, r in found.operands.items()}
-    masks = tuple(dict.fromkeys(links[n] for name, r in found.captured.items() for n in leaves(r)))
-    boundary = tuple(dict.fromkeys((*sources.values(), *masks)))
+    sources = {name: [links[n] for n in r.reads] for name, r in found.operands.items()}
+    masks = tuple(dict.fromkeys(links[n] for r in found.captured.values() for n in r.reads))
+    boundary = tuple(dict.fromkeys((*(n for ns in sources.values() for n in ns), *masks)))
     bounded = job.plan is not None and job.plan.contract == "BOUNDED"
     return checks.SiteToCheck(
         job.found.match.site.id,
@@ -321,7 +321,7 @@ def _site_to_check(job: Job, captured: Captured) -> checks.SiteToCheck:
         job.new_output,
         boundary,
         masks,
-        (sources["q"],),
+        tuple(sources["q"]),
         bounded,
     )
 

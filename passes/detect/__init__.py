@@ -17,7 +17,8 @@ from attnc.passes.detect.found import Computed, Found
 from attnc.passes.detect.graph import module_path
 from attnc.passes.detect.layout import Recipe
 from attnc.passes.detect.others import unnormalized
-from attnc.passes.detect.sites import Skeleton, skeletons
+from attnc.passes.detect.pieces import describe_pieces
+from attnc.passes.detect.sites import Pieces, Skeleton, skeletons
 
 log = logging.getLogger("attnc.detect")
 
@@ -39,7 +40,7 @@ def detect(
     names: Counter[str] = Counter()
     found: list[Found] = []
     missed: list[tuple[Miss, str]] = []
-    items: list[tuple[int, Skeleton | Miss, str]] = []
+    items: list[tuple[int, Skeleton | Pieces | Miss, str]] = []
     for item in skeletons(work, env):
         anchor = item.node if isinstance(item, Miss) else item.anchor.weights.name
         items.append((order[anchor], item, anchor))
@@ -50,7 +51,7 @@ def detect(
             [i.node]
             if isinstance(i, Miss)
             else [x.name for x in i.interior]
-            if isinstance(i, Skeleton)
+            if isinstance(i, Skeleton | Pieces)
             else []
         )
     )
@@ -63,7 +64,7 @@ def detect(
         path = module_path(nodes[anchor])[0] or "model"
         names[path] += 1
         name = path if names[path] == 1 else f"{path}#{names[path]}"
-        site = item if isinstance(item, Miss) else describe(item, env, name)
+        site = _described(item, env, name)
         if isinstance(site, Miss):
             missed.append((site, name))
             log.info("%s: missed %s at %s: %s", name, site.code, site.node, site.why)
@@ -71,3 +72,9 @@ def detect(
             found.append(site)
             log.info("%s: %s", name, site.match.spec)
     return found, missed
+
+
+def _described(item: Skeleton | Pieces | Miss, env: Env, name: str) -> Found | Miss:
+    if isinstance(item, Pieces):
+        return describe_pieces(item, env, name)
+    return item if isinstance(item, Miss) else describe(item, env, name)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import fx
 
 from attnc import expr as E
 from attnc import masks as M
@@ -10,7 +13,7 @@ from attnc.expr import Expr
 from attnc.ir import AttentionSpec, Bias, Match, Miss, Operand, Scale, Site
 from attnc.passes.detect.draft import Draft, Refusal
 from attnc.passes.detect.env import Env
-from attnc.passes.detect.found import Found
+from attnc.passes.detect.found import Found, Making
 from attnc.passes.detect.graph import argument, module_path, shape, source_line, tensor_of
 from attnc.passes.detect.layout import Recipe, digits, from_roles, size_of, to_roles
 from attnc.passes.detect.region import region_of
@@ -22,19 +25,38 @@ from attnc.sizes import show_dim
 
 def describe(s: Skeleton, env: Env, name: str) -> Found | Miss:
     """Return the finished description of a skeleton; ``name`` becomes the site's id."""
+    written = write(s, env)
+    return written if isinstance(written, Miss) else finish([written], s, name)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a skeleton computes, and how its tensors are made; the region is not known yet."""
+
+    skeleton: Skeleton
+    spec: AttentionSpec
+    roles: Roles
+    operands: Mapping[str, Making]
+    captured: Mapping[str, Making]
+    result: Recipe
+    skipped: tuple[fx.Node, ...]
+
+
+def write(s: Skeleton, env: Env, beside: frozenset[Expr] = frozenset()) -> Written | Miss:
+    """Return spec and recipes of a skeleton, or why it has none; see ``assign`` for ``beside``."""
     chosen = choose(s, env)
     if isinstance(chosen, Miss):
         return chosen
-    roles = assign(s, chosen)
+    roles = assign(s, chosen, beside)
     if isinstance(roles, Miss):
         return roles
     try:
-        return _found(s, env, chosen, roles, name)
+        return _written(s, env, chosen, roles)
     except Refusal as r:
         return r.miss
 
 
-def _found(s: Skeleton, env: Env, chosen: dict[str, list[Candidate]], r: Roles, name: str) -> Found:
+def _written(s: Skeleton, env: Env, chosen: dict[str, list[Candidate]], r: Roles) -> Written:
     draft = Draft(s, r, env)
     picked = {n: _easiest(places, _LAYOUTS[n][1](r)) for n, places in chosen.items()}
     factor = picked["q"].factor * picked["k"].factor
@@ -46,41 +68,46 @@ def _found(s: Skeleton, env: Env, chosen: dict[str, list[Candidate]], r: Roles, 
     q, k, v, recipes = _operands(r, picked)
     result = from_roles(s.out, (r.batch, r.heads, r.query, r.value), shape(s.output), "")
     if result is None:
-        raise Refusal(
-            Miss(
-                "result-layout",
-                s.output.name,
-                "the result's axes are no product of batch, heads, queries and features",
-            )
-        )
-    spec = AttentionSpec(
-        q,
-        k,
-        v,
-        _number(size_of(r.group), s),
-        tuple(draft.steps),
-        mask,
-        fill,
-        norm,
-        tuple(draft.captured),
-        s.dropout,
-    )
-    made = (*recipes.values(), *draft.recipes.values())
-    region, escapes = region_of(s, picked, {n for r in made for n in r.reads})
+        why = "the result's axes are no product of batch, heads, queries and features"
+        raise Refusal(Miss("result-layout", s.output.name, why))
+    group = _number(size_of(r.group), s)
+    steps, captured = tuple(draft.steps), tuple(draft.captured)
+    spec = AttentionSpec(q, k, v, group, steps, mask, fill, norm, captured, s.dropout)
+    made = {o.name: draft.recipes[o.name] for o in captured}
+    skipped = tuple(n for c in picked.values() for n in c.skipped)
+    return Written(s, spec, r, recipes, made, result, skipped)
+
+
+def finish(
+    parts: Sequence[Written],
+    s: Skeleton,
+    name: str,
+    whole: Written | None = None,
+    added: Sequence[fx.Node] = (),
+) -> Found:
+    """Return the site that one or several written skeletons make up.
+
+    ``s`` says where; ``whole`` is what the parts compute together, and ``added`` are the nodes that put them
+    together, the site's output last.
+    """
+    written = whole or parts[0]
+    output = added[-1] if added else s.output
+    made = [r for w in (*parts, written) for r in (*w.operands.values(), *w.captured.values())]
+    interior = [n for w in parts for n in w.skeleton.interior] + list(added)
+    skipped = [n for w in parts for n in w.skipped]
+    region, escapes = region_of(interior, output, skipped, {n for r in made for n in r.reads})
     path, kind = module_path(s.anchor.weights)
-    line = source_line(s.anchor.weights)
-    match = Match(
-        spec,
-        Site(name, path, f"{kind} {line}".strip()),
-        frozenset(region),
-        s.output.name,
-        tuple(reversed(s.trail)),
-        escapes,
-    )
-    captured = {n: draft.recipes[n] for n in (o.name for o in draft.captured)}
+    site = Site(name, path, f"{kind} {source_line(s.anchor.weights)}".strip())
+    match = Match(written.spec, site, frozenset(region), output.name, tuple(reversed(s.trail)), escapes)
     fused = s.trail == ["sdpa-call"]
     return Found(
-        match, recipes, captured, result, s.anchor.weights.name, fused, improves=fused and _improves(s, spec)
+        match,
+        written.operands,
+        written.captured,
+        written.result,
+        s.anchor.weights.name,
+        fused,
+        improves=fused and _improves(s, written.spec),
     )
 
 

@@ -29,6 +29,28 @@ class Computed:
 
 
 @dataclass(frozen=True, slots=True)
+class Joined:
+    """An operand that comes in pieces: its parts, one behind the other along canonical axis ``axis``.
+
+    Parts broadcast against one another along the other axes.  A part None is zeros, as long as the same part
+    of ``beside``.
+    """
+
+    parts: tuple[Recipe | Computed | None, ...]
+    axis: int
+    beside: Joined | None = None
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The nodes that the parts are made from."""
+        return tuple(n for p in self.parts if p is not None for n in p.reads)
+
+
+Making = Recipe | Computed | Joined
+"""How a canonical tensor is made from nodes of the user's graph."""
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
     """A match and its recipes, all in names of the working graph.
 
@@ -38,8 +60,8 @@ class Found:
     """
 
     match: Match
-    operands: Mapping[str, Recipe]
-    captured: Mapping[str, Recipe | Computed]
+    operands: Mapping[str, Making]
+    captured: Mapping[str, Making]
     result: Recipe
     anchor: str
     fused: bool = False

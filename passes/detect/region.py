@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from torch import fx
 
 from attnc.passes.detect.graph import reads_size_only, users
-from attnc.passes.detect.roles import Candidate
-from attnc.passes.detect.sites import Skeleton
 
 
-def region_of(s: Skeleton, chosen: dict[str, Candidate], read: set[str]) -> tuple[set[str], tuple[str, ...]]:
+def region_of(
+    interior: Sequence[fx.Node], output: fx.Node, skipped: Iterable[fx.Node], read: Set[str]
+) -> tuple[set[str], tuple[str, ...]]:
     """Return the nodes that die with the site, and interior nodes whose values are used outside.
 
-    A node outside whose value only goes into the site dies too, unless it is in ``read``: what operands are
-    made from.
+    ``skipped`` are nodes between an operand's source and the site.  A node outside whose value only goes into
+    the site dies too, unless it is in ``read``: what operands are made from.
     """
-    inside = {n.name: n for n in s.interior}
-    for c in chosen.values():
-        for n in c.skipped:
-            inside.setdefault(n.name, n)
-    core = sorted({n.name for n in s.interior} - {s.output.name})
+    inside = {n.name: n for n in (*interior, *skipped)}
+    core = sorted({n.name for n in interior} - {output.name})
     outside = [u for name in core for u in _readers(inside[name]) if u.name not in inside]
     while absorbed := [u for u in outside if u.name not in read and _only_feeds(u, inside)]:
         inside |= {u.name: u for u in absorbed}

@@ -187,8 +187,18 @@ def _cuts(index: Sequence[Expr]) -> dict[Expr, Expr]:
     return by
 
 
-def assign(s: Skeleton, chosen: dict[str, list[Candidate]]) -> Roles | Miss:
-    """Give every atom its role from the index sets of the chosen operands."""
+def varying(s: Skeleton) -> frozenset[Expr]:
+    """Return the atoms that keys or values vary along."""
+    return frozenset((*_atoms(s.k.index), *_atoms(s.v.index)))
+
+
+def assign(
+    s: Skeleton, chosen: dict[str, list[Candidate]], beside: frozenset[Expr] = frozenset()
+) -> Roles | Miss:
+    """Give every atom its role from the index sets of the chosen operands.
+
+    ``beside`` are atoms that keys or values of other pieces of the same site vary along.
+    """
     q, k, v = (_atoms(chosen[n][0].at.index) for n in "qkv")
     key = _ordered(s.key)
     feature = tuple(a for a in q if a in k and a in s.features)
@@ -197,8 +207,8 @@ def assign(s: Skeleton, chosen: dict[str, list[Candidate]]) -> Roles | Miss:
     axes = [_ordered(x) for i, x in enumerate(s.weights) if i != s.anchor.dim]
     anchor = [a for axis in axes for a in axis]
     value = tuple(a for a in v if a not in anchor and a not in key)
-    shared = [a for a in anchor if a in k or a in v]
-    alone = [a for a in anchor if a not in k and a not in v]
+    shared = [a for a in anchor if a in k or a in v or a in beside]
+    alone = [a for a in anchor if a not in shared]
     if any(a in q for a in key):
         return Miss("query-reads-keys", s.scores.node.name, "the query side varies along the keys")
     stray = [a for a in (*q, *k) if a not in anchor and a not in key and a not in feature]

@@ -18,12 +18,11 @@ from torch import fx
 from attnc import expr as E
 from attnc.expr import ONE, ZERO, Expr
 from attnc.ir import Miss, Scale
-from attnc.passes.detect.contraction import Contraction, contractions_of
+from attnc.passes.detect.contraction import Contraction
 from attnc.passes.detect.env import Env, RawMod, step_into
 from attnc.passes.detect.graph import (
     argument,
     base_name,
-    is_float_cast,
     op_name,
     shape,
     tensor_of,
@@ -34,6 +33,7 @@ from attnc.passes.detect.norms import NORM_FINDERS
 from attnc.passes.detect.norms.anchor import Anchor, source_of
 from attnc.passes.detect.scores import SCORE_PEELERS, views
 from attnc.passes.detect.scores.additive import additive
+from attnc.passes.detect.solve import Reached, Solved, solve, value_contraction, value_contractions
 from attnc.passes.detect.views import At, Index, stepped
 
 log = logging.getLogger("attnc.detect")
@@ -64,12 +64,30 @@ class Skeleton:
     conditions: list[str] = field(default_factory=list)
 
 
-def skeletons(graph: fx.Graph, env: Env) -> list[Skeleton | Miss]:
-    """Return a skeleton or a Miss for every normalizer of ``graph`` that touches a scores contraction.
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """A site whose values come in pieces: a skeleton for each, and the additions that put them together."""
+
+    parts: tuple[Skeleton, ...]
+    added: tuple[fx.Node, ...]
+
+    @property
+    def anchor(self) -> Anchor:
+        """The one normalizer."""
+        return self.parts[0].anchor
+
+    @property
+    def interior(self) -> list[fx.Node]:
+        """The nodes of all pieces."""
+        return [n for s in self.parts for n in s.interior]
+
+
+def skeletons(graph: fx.Graph, env: Env) -> list[Skeleton | Pieces | Miss]:
+    """Return a skeleton (or its pieces) or a Miss for every normalizer that touches a scores contraction.
 
     They come in node order, one family of normalizers after the other.
     """
-    out: list[Skeleton | Miss] = []
+    out: list[Skeleton | Pieces | Miss] = []
     for finder in NORM_FINDERS:
         for anchor in finder(graph):
             found = _skeleton(anchor, env)
@@ -78,8 +96,11 @@ def skeletons(graph: fx.Graph, env: Env) -> list[Skeleton | Miss]:
     return out
 
 
-def _skeleton(anchor: Anchor, env: Env) -> Skeleton | Miss | None:
-    forward = _value_contraction(anchor, env)
+def _skeleton(anchor: Anchor, env: Env) -> Skeleton | Pieces | Miss | None:
+    reached = value_contractions(anchor, env)
+    if len(reached) > 1 and env.carries(anchor.scores):
+        return _pieces(anchor, reached, env)
+    forward = value_contraction(anchor, reached)
     if not env.carries(anchor.scores):
         if isinstance(forward, Miss) or env.pure(forward[0].lhs) or env.pure(forward[0].rhs):
             return None
@@ -91,164 +112,10 @@ def _skeleton(anchor: Anchor, env: Env) -> Skeleton | Miss | None:
     if isinstance(forward, Miss):
         return forward
     values, path = forward
-    solved = _solve(anchor, values, path)
+    solved = solve(anchor, values, path)
     if isinstance(solved, Miss):
         return solved
     return _score_side(anchor, env, solved)
-
-
-# ---------------------------------------------------------------- forward: to the value contraction
-
-_CARRIER_NAMES = """
-view _unsafe_view reshape permute transpose t unsqueeze squeeze expand clone contiguous alias detach
-_to_copy to dropout slice type_as
-"""
-_CARRIERS = frozenset(_CARRIER_NAMES.split())
-
-
-def _value_contraction(anchor: Anchor, env: Env) -> tuple[Contraction, list[fx.Node]] | Miss:
-    """Return the one contraction that the weights reach, and the nodes on the way.
-
-    The way leads through views, casts and dropout only.
-    """
-    reached: list[tuple[Contraction, list[fx.Node]]] = []
-    stack: list[tuple[fx.Node, list[fx.Node]]] = [(anchor.weights, [])]
-    while stack:
-        node, path = stack.pop()
-        for u in users(node):
-            found = [c for c in contractions_of(u) if c.lhs is node or c.rhs is node]
-            if found:
-                reached += [(c, path) for c in found if not _is_layer(c, node, env)]
-            elif base_name(u) in _CARRIERS and u.args[0] is node:
-                stack.append((u, [*path, u]))
-            elif base_name(u) == "native_dropout" and u.args[0] is node:
-                stack += [(kept, [*path, u, kept]) for kept in u.users if kept.args[1] == 0]
-    if not reached:
-        return Miss(
-            "no-value-contraction", anchor.weights.name, "the weights reach no contraction with values"
-        )
-    if len(reached) > 1:
-        why = f"the weights are contracted {len(reached)} times"
-        return Miss("several-value-contractions", anchor.weights.name, why)
-    values, path = reached[0]
-    if values.lhs is values.rhs:
-        return Miss("weights-squared", values.node.name, "the weights are contracted with themselves")
-    if values.base is not None or values.alpha != 1.0:
-        return Miss("values-added", values.node.name, "baddbmm scales the result or adds a tensor to it")
-    return values, path
-
-
-def _is_layer(c: Contraction, weights: fx.Node, env: Env) -> bool:
-    """Say whether a linear layer with parameters reads the weights, which makes them no weights of values."""
-    return base_name(c.node) == "linear" and env.pure(c.rhs if c.lhs is weights else c.lhs)
-
-
-@dataclass
-class _Solved:
-    values: Contraction
-    weights: Index
-    key: Expr
-    out: Index
-    v: At
-    path: list[fx.Node]
-    dropout: float = 0.0
-    dropout_node: fx.Node | None = None
-
-
-def _solve(anchor: Anchor, values: Contraction, path: list[fx.Node]) -> _Solved | Miss:
-    """Name the axes: express the weights' index and the result's index in common atoms."""
-    name = anchor.weights.name
-    out = tuple(ZERO if n == ONE else E.index(f"o{i}", n) for i, n in enumerate(shape(values.node)))
-    lhs, rhs, fresh = values.operands(out, "t")
-    last = path[-1] if path else anchor.weights
-    p, v = (lhs, rhs) if values.lhs is last else (rhs, lhs)
-    solved = _Solved(values, (), ZERO, (), v, path)
-    at = p
-    while at.node is not anchor.weights:
-        drop = _active_dropout(at.node)
-        if drop is not None:
-            solved.dropout, solved.dropout_node = float(argument(drop, 1, "p")), drop
-            at = At(drop.args[0], at.index)  # type: ignore[arg-type]
-            continue
-        step = stepped(at)
-        if step is not None:
-            at = step[0]
-        elif is_float_cast(at.node):
-            at = At(at.node.args[0], at.index)  # type: ignore[arg-type]
-        else:
-            return Miss(
-                "weights-edited", at.node.name, f"{op_name(at.node)} edits the weights before the values"
-            )
-    key = at.index[anchor.dim]
-    read = digits(key)
-    if (
-        read is None
-        or read[1] != ZERO
-        or set(read[0]) != {g for x in fresh.values() for g in [E.only_index(x)] if g is not None}
-    ):
-        return Miss("keys-not-summed", name, "the value contraction does not sum exactly the normalized axis")
-    return _name_axes(anchor, solved, at.index, key, out)
-
-
-def _active_dropout(node: fx.Node) -> fx.Node | None:
-    """Return the dropout in training mode that made ``node``, in either of its two forms."""
-    if op_name(node) == "py.getitem" and node.args[1] == 0 and base_name(node.args[0]) == "native_dropout":  # type: ignore[arg-type]
-        return node.args[0]  # type: ignore[return-value]
-    return node if base_name(node) == "dropout" and argument(node, 2, "train") is not False else None
-
-
-def _name_axes(anchor: Anchor, solved: _Solved, weights: Index, key: Expr, out: Index) -> _Solved | Miss:
-    by_out: dict[Expr, Expr] = {}
-    named: list[Expr] = []
-    parts: dict[Expr, list[tuple[Expr, Expr]]] = {}
-    for i, (x, n) in enumerate(zip(weights, shape(anchor.weights), strict=True)):
-        if i == anchor.dim or n == ONE:
-            named.append(key if i == anchor.dim else ZERO)
-            continue
-        atom = E.index(f"a{i}", n)
-        single, whole = E.only_index(x), digits(x)
-        if single is not None and single.args[1] == n:
-            by_out[single] = atom
-            named.append(atom)
-        elif whole is not None and whole[1] == ZERO:
-            named.append(x)
-        else:
-            placed = _digit_of(x)
-            if placed is None:
-                return Miss(
-                    "weights-rearranged", anchor.weights.name, f"axis {i} of the weights is {x} of the result"
-                )
-            parts.setdefault(placed[0], []).append((atom, placed[1]))
-            named.append(atom)
-    for o, pieces in parts.items():
-        by_out[o] = E.add(*(E.mul(atom, stride) for atom, stride in pieces))
-        known = digits(by_out[o])
-        if known is None or E.product(a.args[1] for a in known[0]) != o.args[1]:
-            return Miss("weights-rearranged", anchor.weights.name, f"{o} is not made of axes of the weights")
-    for i, x in enumerate(weights):
-        if i != anchor.dim and E.substitute(x, by_out) != named[i] and shape(anchor.weights)[i] != ONE:
-            return Miss(
-                "weights-rearranged",
-                anchor.weights.name,
-                f"axis {i} of the weights is not recovered from the result",
-            )
-    solved.weights, solved.key = tuple(named), key
-    solved.out = tuple(E.substitute(x, by_out) for x in out)
-    solved.v = At(solved.v.node, tuple(E.substitute(x, by_out) for x in solved.v.index))
-    return solved
-
-
-def _digit_of(x: Expr) -> tuple[Expr, Expr] | None:
-    """Return (index variable, stride) for ``o // s``, ``o % n`` and ``(o // s) % n``."""
-    g = E.only_generator(x)
-    stride = ONE
-    if g is not None and g.op == "mod":
-        inner = g.args[0]
-        g = E.only_generator(inner)
-    if g is not None and g.op == "floordiv":
-        stride = g.args[1]
-        g = E.only_generator(g.args[0])
-    return (g, stride) if g is not None and g.op == "index" else None
 
 
 # ---------------------------------------------------------------- backward: the scores to their contraction
@@ -286,7 +153,18 @@ def peel_scores(at: At, env: Env) -> tuple[At, list[RawMod], list[str], list[fx.
     return at, mods, trail, through
 
 
-def _score_side(anchor: Anchor, env: Env, s: _Solved) -> Skeleton | Miss:
+def _score_side(anchor: Anchor, env: Env, s: Solved) -> Skeleton | Miss:
+    out = _with_scores(anchor, env, s)
+    if isinstance(out, Miss):
+        return out
+    missing = _sink(anchor, env, s)
+    if isinstance(missing, Miss):
+        return missing
+    out.sink = missing
+    return _late_division(anchor, out)
+
+
+def _with_scores(anchor: Anchor, env: Env, s: Solved) -> Skeleton | Miss:
     peeled = peel_scores(At(anchor.scores, s.weights), env)
     if isinstance(peeled, Miss):
         return peeled
@@ -334,14 +212,10 @@ def _score_side(anchor: Anchor, env: Env, s: _Solved) -> Skeleton | Miss:
             return base
         place = 1 if scores.alpha != 1.0 else 0
         out.mods[place:place] = base
-    missing = _sink(anchor, env, s)
-    if isinstance(missing, Miss):
-        return missing
-    out.sink = missing
-    return _late_division(anchor, out)
+    return out
 
 
-def _sink(anchor: Anchor, env: Env, s: _Solved) -> At | Miss | None:
+def _sink(anchor: Anchor, env: Env, s: Solved) -> At | Miss | None:
     """Return the element beyond the keys that the values sum, if the softmax ran over exactly one more."""
     n, m = shape(anchor.scores)[anchor.dim], E.product(g.args[1] for g in E.indices(s.key))
     if n == m:
@@ -392,3 +266,73 @@ def _late_division(anchor: Anchor, s: Skeleton) -> Skeleton | Miss:
     s.output = div
     s.trail.append("late-division")
     return s
+
+
+# ---------------------------------------------------------------- values in pieces
+
+
+def _pieces(anchor: Anchor, reached: Reached, env: Env) -> Pieces | Miss:
+    """Read one softmax whose weights meet values in pieces: ``sum_i weights[.., part i] @ values_i``.
+
+    With the parts side by side that is one contraction with the values one behind the other.
+    """
+    why = f"the weights are contracted {len(reached)} times"
+    several = Miss("several-value-contractions", anchor.weights.name, why)
+    added = _sum_of([c.node for c, _ in reached])
+    if added is None or anchor.denominator is not None:
+        return several
+    parts: list[tuple[Expr, Skeleton]] = []
+    for values, path in reached:
+        if values.base is not None or values.alpha != 1.0 or values.lhs is values.rhs:
+            return several
+        solved = solve(anchor, values, path, whole=False)
+        if isinstance(solved, Miss):
+            return solved
+        read = digits(solved.key)
+        s = _with_scores(anchor, env, solved)
+        if isinstance(s, Miss) or read is None:
+            return s if isinstance(s, Miss) else several
+        s.key = E.sub(solved.key, read[1])
+        parts.append((read[1], s))
+    ordered = _side_by_side(parts, shape(anchor.scores)[anchor.dim])
+    if ordered is None:
+        return Miss(
+            "columns-dropped", anchor.weights.name, "the pieces of the weights do not cover the keys once"
+        )
+    return Pieces(tuple(ordered), tuple(added))
+
+
+def _sum_of(nodes: list[fx.Node]) -> list[fx.Node] | None:
+    """Return the additions that sum ``nodes`` and nothing else, the last one last; None if there are none."""
+    left, added = set(nodes), []
+    while len(left) > 1:
+        step = next(
+            (
+                u
+                for n in nodes + added
+                if n in left
+                for u in users(n)
+                if base_name(u) == "add" and argument(u, 2, "alpha", 1) == 1 and set(u.args[:2]) <= left
+            ),
+            None,
+        )
+        if step is None or step.args[0] is step.args[1] or shape(step) != shape(nodes[0]):
+            return None
+        if any(users(x) != (step,) for x in step.all_input_nodes):
+            return None
+        left = (left - set(step.all_input_nodes)) | {step}
+        added.append(step)
+    return added
+
+
+def _side_by_side(parts: list[tuple[Expr, Skeleton]], total: Expr) -> list[Skeleton] | None:
+    """Return the skeletons in the order of their keys, None unless these follow each other without a gap."""
+    out, position, left = [], ZERO, list(parts)
+    while left:
+        following = next((p for p in left if p[0] == position), None)
+        if following is None:
+            return None
+        left.remove(following)
+        out.append(following[1])
+        position = E.add(position, E.product(g.args[1] for g in E.indices(following[1].key)))
+    return out if position == total else None

@@ -14,7 +14,7 @@ from attnc.editing import Builder, SharedMemory, erase
 from attnc.errors import RewriteError
 from attnc.expr import Expr
 from attnc.ir import AttentionSpec, Miss
-from attnc.passes.detect.found import Computed, Found
+from attnc.passes.detect.found import Computed, Found, Joined, Making
 from attnc.passes.detect.graph import reads_size_only, strides
 from attnc.passes.detect.layout import Recipe
 from attnc.passes.rewrite.predicates import emit
@@ -86,7 +86,7 @@ class Rewriter:
         recipes = (*found.operands.values(), *found.captured.values())
         try:
             out = self.replaceable(site.output)
-            sources = [self.resolve(n) for r in recipes for n in leaves(r)]
+            sources = [self.resolve(n) for r in recipes for n in r.reads]
         except NoLinkError as e:
             why = (
                 "it has no counterpart in the captured graph: it is written in place, or lives in a sub-graph"
@@ -110,13 +110,11 @@ class Rewriter:
             return Miss("crosses-switch", anchor, "the site spans a change of grad mode or autocast")
         return None
 
-    def _unknown_sizes(
-        self, recipes: Sequence[Recipe | Computed], result: Recipe, near: fx.Node
-    ) -> list[Expr]:
+    def _unknown_sizes(self, recipes: Sequence[Making], result: Recipe, near: fx.Node) -> list[Expr]:
         """Return the sizes that the site needs and that nothing in the graph computes."""
         wanted: list[tuple[Expr, fx.Node]] = [(n, near) for n in sizes_of(result)]
         for r in recipes:
-            at = self.resolve(leaves(r)[0]) if leaves(r) else near
+            at = self.resolve(r.reads[0]) if r.reads else near
             wanted += [(n, at) for n in sizes_of(r)]
         return [n for n, at in wanted if not self.build.knows(n, at)]
 
@@ -136,9 +134,10 @@ class Rewriter:
         out = self.replaceable(found.match.output)
         like = self.nodes.get(self.moments.get(found.anchor, ""), out)
         b = self.build.before(out, stamp, like)
-        q, k, v = (b.apply(self.resolve(found.operands[n].source), found.operands[n].steps) for n in "qkv")
+        q, k, v = (self._made(found.operands[n], None) for n in "qkv")
+        device = q.meta["val"].device
         captured = [
-            self._captured(found.captured[o.name], q) for o in spec.captured if o.name in found.captured
+            self._made(found.captured[o.name], device) for o in spec.captured if o.name in found.captured
         ]
         node = b.call(torch.ops.attnc.attend.default, q, k, v, captured, str(spec))
         value = b.call(operator.getitem, node, 0)
@@ -174,10 +173,38 @@ class Rewriter:
                 user.kwargs = fx.node.map_arg(user.kwargs, lambda n: size if n is reader else n)
         self.graph.erase_node(reader)
 
-    def _captured(self, r: Any, q: fx.Node) -> fx.Node:
+    def _made(self, r: Making, device: torch.device | None) -> fx.Node:
+        """Return the node of an operand; ``device`` is where conditions are computed."""
         if isinstance(r, Computed):
-            return emit(r, self.build, self.resolve, self.work, q.meta["val"].device)
+            assert device is not None, "q, k and v are no conditions"
+            return emit(r, self.build, self.resolve, self.work, device)
+        if isinstance(r, Joined):
+            return self._joined(r, device)
         return self.build.apply(self.resolve(r.source), r.steps)
+
+    def _joined(self, r: Joined, device: torch.device | None) -> fx.Node:
+        parts = [None if p is None else self._made(p, device) for p in r.parts]
+        lengths = [self._length(p, r, i, device) for i, p in enumerate(parts)]
+        known = [[dim(n) for n in p.meta["val"].shape] for p in parts if p is not None]
+        wide = [next((n for n in axis if n != E.ONE), E.ONE) for axis in zip(*known, strict=True)]
+        like = next(p for p in parts if p is not None)
+        out = []
+        for part, length in zip(parts, lengths, strict=True):
+            sizes = [length if d == r.axis else n for d, n in enumerate(wide)]
+            if part is None:
+                val, numbers = like.meta["val"], [self.build.size(n, like) for n in sizes]
+                part = self.build.call(aten.zeros.default, numbers, dtype=val.dtype, device=val.device)
+            out.append(self.build.expand(part, sizes))
+        return self.build.call(aten.cat.default, out, r.axis)
+
+    def _length(self, part: fx.Node | None, r: Joined, i: int, device: torch.device | None) -> Expr:
+        """Return how long part ``i`` is along the joined axis: as long as the part beside it."""
+        if r.beside is None:
+            assert part is not None, "a part is missing, and nothing says how long it is"
+            return dim(part.meta["val"].shape[r.axis])
+        beside = r.beside.parts[i]
+        assert beside is not None, "the keys have all their parts"
+        return dim(self._made(beside, device).meta["val"].shape[r.beside.axis])
 
     def _assert_gone(self, found: Found) -> None:
         """Raise if what the site replaces is still computed; weights that others read stay by design."""
@@ -200,19 +227,14 @@ def _is_row_major(t: torch.Tensor) -> bool:
     return all(n == E.ONE or found == stride for n, found, stride in wanted)
 
 
-def sizes_of(r: Recipe | Computed) -> list[Expr]:
+def sizes_of(r: Making) -> list[Expr]:
     """Return the sizes and positions that building an operand takes."""
+    if isinstance(r, Joined):
+        return [n for p in r.parts if p is not None for n in sizes_of(p)]
     if isinstance(r, Recipe):
         return [n for name, arg in r.steps if name != "permute" for n in arg if isinstance(n, Expr)]
     sizes = [E.generator(g) for g in E.walk(r.value) if g.op in ("size", "opaque")]
     return sizes + [a.args[1] for axis in r.axes for a in axis]
-
-
-def leaves(r: Any) -> list[str]:
-    """Return the names of the tensors that an operand is made from, in the working graph."""
-    if isinstance(r, Computed):
-        return [e.args[0] for e in E.loads(r.value)]
-    return [r.source]
 
 
 def parsed(node: fx.Node) -> AttentionSpec:

@@ -54,7 +54,8 @@ class Namer:
 
     def names(self, found: Found) -> dict[str, str]:
         """Return a text for q and for k, such as ``rms-norm, rope(half)``; no entry where nothing is named."""
-        texts = {n: self._name(found.operands[n]) for n in ("q", "k")}
+        recipes = {n: r for n in ("q", "k") if isinstance(r := found.operands[n], Recipe)}
+        texts = {n: self._name(r) for n, r in recipes.items()}
         return {n: text for n, text in texts.items() if text}
 
     def _name(self, recipe: Recipe) -> str:

@@ -53,7 +53,7 @@ def projections(work: fx.Graph, found: Found, fqn: Mapping[str, str]) -> list[st
     nodes = {n.name: n for n in work.nodes}
     out: dict[str, None] = {}
     for recipe in found.operands.values():
-        for linear in _back(nodes[recipe.source]):
+        for linear in (x for n in recipe.reads for x in _back(nodes[n])):
             _note(linear, fqn, out)
     for linear in _forward(nodes[found.match.output]):
         _note(linear, fqn, out)
