@@ -27,6 +27,7 @@ from attnc.codegen import ops as _ops  # noqa: F401  (registers attnc::attend)
 from attnc.codegen.lower import lower
 from attnc.codegen.select import select
 from attnc.ir import AttentionSpec, Miss, Plan
+from attnc.passes.analyze.operands import Namer
 from attnc.passes.analyze.price import gain, hints, price, sizes
 from attnc.passes.detect import Found, detect
 from attnc.passes.rewrite.apply import Rewriter, leaves
@@ -94,9 +95,14 @@ def run(captured: Captured, options: Options, placeholders: Mapping[str, Any] | 
     known = hints(captured.work)
     options.forms.check([f.match.site.id for f in found] + [name for _, name in missed])
     original = captured.exported.graph if captured.exported is not None else copy.deepcopy(captured.graph)
+    with _timed(stages, "names", options):
+        namer = Namer(captured.work, captured.tensors)
+        named = [namer.names(f) for f in found]
     with _timed(stages, "plan", options):
         gate = Rewriter(original, captured.work, captured.links, captured.moments)
         jobs = [_plan(f, gate, options, known) for f in found]
+        for job, names in zip(jobs, named, strict=True):
+            job.details |= {"operands": names} if names else {}
     outcome = _rewrite_and_check(captured, original, jobs, options, placeholders, stages)
     nodes = {n.name: n for n in captured.work.nodes}
     outcome.records = [site_record(j, nodes) for j in jobs]

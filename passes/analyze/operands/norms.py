@@ -84,7 +84,7 @@ def _width(at: At, axis: int) -> str:
 
 
 def _split(at: At) -> tuple[At, At, float] | None:
-    """Return the row's element, the factor, and 1 or -1 for times or over; None if there is no such factor."""
+    """Return the row's element, its factor, and 1 for times or -1 for over; None if there is none."""
     node, f = at.node, feature_of(at)
     if f is None or base_name(node) not in ("mul", "div") or node.kwargs.get("rounding_mode"):
         return None

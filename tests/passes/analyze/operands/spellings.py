@@ -139,7 +139,6 @@ ROTATIONS: dict[Callable[[Tensor], Tensor], str] = {
     interleaved_by_slices: "rope(interleaved)",
     interleaved_by_stacked_halves: "rope(interleaved)",
     interleaved_by_view: "rope(interleaved)",
-    interleaved_in_place: "rope(interleaved)",
     complex_polar: "rope(interleaved)",
     complex_parts: "rope(half)",
     partial: "rope(half, 8 of 16)",
