@@ -36,7 +36,7 @@ from attnc.passes.rewrite.fuse.fused import Fused
 from attnc.passes.rewrite.quant.projections import projections
 from attnc.passes.rewrite.quant.w8a8 import W8A8
 from attnc.programs import copy_program, fix_outputs
-from attnc.records import Job, missed_record, site_record
+from attnc.records import Job, draw, missed_record, site_record
 from attnc.report import SiteRecord, Stage
 
 log = logs.get("rewrite")
@@ -47,7 +47,10 @@ FLEX_SCORES = 1 << 18
 
 @dataclass(frozen=True)
 class Options:
-    """What the user allows and asks for; see ``attnc.optimize``."""
+    """What the user allows and asks for; see ``attnc.optimize``.
+
+    ``draw`` puts each site's region, before and after, into the details of its record.
+    """
 
     forms: Forms
     target: str = "cpu"
@@ -55,6 +58,7 @@ class Options:
     cost_model: bool = True
     gradients: bool = False
     progress: Progress | None = None
+    draw: bool = False
 
 
 @dataclass
@@ -107,6 +111,10 @@ def run(captured: Captured, options: Options, placeholders: Mapping[str, Any] | 
     nodes = {n.name: n for n in captured.work.nodes}
     outcome.records = [site_record(j, nodes) for j in jobs]
     outcome.records += [missed_record(m, name, nodes) for m, name in missed]
+    if options.draw:
+        draw(
+            jobs, missed, outcome.records, nodes, outcome.runtime.graph if outcome.runtime else captured.graph
+        )
     outcome.linears = _linears(captured, found, options)
     return outcome
 
