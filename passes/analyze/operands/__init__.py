@@ -93,6 +93,8 @@ class Namer:
 
         Layers differ in the names of their data and weights only, so each such family is looked at once.
         """
+        if e.op == "load":
+            return None
         names: dict[str, int] = {}
         key = slots((e, feature.args[1]), lambda name: self._family(name, names))
         if key not in self._known:

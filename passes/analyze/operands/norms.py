@@ -211,11 +211,16 @@ def _squared(node: fx.Node) -> fx.Node | None:
 
 
 def _same_row(a: fx.Node, b: fx.Node) -> bool:
-    return _uncast(a) is _uncast(b)
+    """Say whether two nodes hold the same value, casts apart: one node, or one elementwise op said twice."""
+    a, b = _uncast(a), _uncast(b)
+    if a is b:
+        return True
+    twice = op_name(a) == op_name(b) and base_name(a) in ("add", "sub", "mul") and a.kwargs == b.kwargs
+    return twice and _uncast(a.args[0]) is _uncast(b.args[0]) and a.args[1:] == b.args[1:]  # type: ignore[arg-type]
 
 
 def _uncast(node: fx.Node) -> fx.Node:
-    while is_float_cast(node):
+    while isinstance(node, fx.Node) and is_float_cast(node):
         node = node.args[0]  # type: ignore[assignment]
     return node
 
