@@ -124,10 +124,11 @@ def inspect(
     forms: Any = "fused",
     target: str | None = None,
     progress: Progress | None = None,
+    draw: bool = False,
 ) -> Report:
     """Return what ``optimize`` would find and plan, changing and verifying nothing.
 
-    Needs example inputs.  Raises as ``optimize``.
+    ``draw`` adds what ``Report.to_html`` draws of each site. Needs example inputs.  Raises as ``optimize``.
     """
     if isinstance(model, str | os.PathLike):
         from attnc.opening import open_model
@@ -139,7 +140,7 @@ def inspect(
     )
     tensors = model.state_dict.values() if isinstance(model, ExportedProgram) else model.parameters()
     device = _target(target, tensors)
-    outcome = run(captured, Options(parse_forms(forms), device, verify=False, progress=progress))
+    outcome = run(captured, Options(parse_forms(forms), device, verify=False, progress=progress, draw=draw))
     report = Report(__version__, type(model).__name__, device)
     _add(report, outcome, captured)
     return report

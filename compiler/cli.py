@@ -100,7 +100,7 @@ def inspect(
     else:
         with screen.working("inspect") as progress:
             forms = work.read_forms(form or (), plan)
-            report = work.inspect_model(model, forms, attn, target, (batch, length), progress)
+            report = work.inspect_model(model, forms, attn, target, (batch, length), progress, bool(html))
     _write_html(report, html)
     screen.report(report)
     screen.result(report.to_dict())

@@ -308,14 +308,22 @@ def open_source(path: str, attn: str | None, given: tuple[int, int | None], prog
 
 
 def inspect_model(
-    path: str, forms: Any, attn: str | None, target: str | None, given: tuple[int, int | None], progress: Tick
+    path: str,
+    forms: Any,
+    attn: str | None,
+    target: str | None,
+    given: tuple[int, int | None],
+    progress: Tick,
+    draw: bool = False,
 ) -> Report:
-    """Return the report of a model that is not changed."""
+    """Return the report of a model that is not changed, with regions to be drawn if asked for."""
     from attnc.api import inspect
 
     opened = open_source(path, attn, given, progress)
     progress("capture")
-    return inspect(opened.model, opened.args, opened.kwargs, forms=forms, target=target, progress=progress)
+    return inspect(
+        opened.model, opened.args, opened.kwargs, forms=forms, target=target, progress=progress, draw=draw
+    )
 
 
 def optimize_opened(

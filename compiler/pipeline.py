@@ -27,6 +27,7 @@ from attnc.codegen import ops as _ops  # noqa: F401  (registers attnc::attend)
 from attnc.codegen.lower import lower
 from attnc.codegen.select import select
 from attnc.ir import AttentionSpec, Miss, Plan
+from attnc.passes.analyze.operands import Namer
 from attnc.passes.analyze.price import gain, hints, price, sizes
 from attnc.passes.detect import Found, detect
 from attnc.passes.rewrite.apply import Rewriter
@@ -35,7 +36,7 @@ from attnc.passes.rewrite.fuse.fused import Fused
 from attnc.passes.rewrite.quant.projections import projections
 from attnc.passes.rewrite.quant.w8a8 import W8A8
 from attnc.programs import copy_program, fix_outputs
-from attnc.records import Job, missed_record, site_record
+from attnc.records import Job, draw, missed_record, site_record
 from attnc.report import SiteRecord, Stage
 
 log = logs.get("rewrite")
@@ -46,7 +47,10 @@ FLEX_SCORES = 1 << 18
 
 @dataclass(frozen=True)
 class Options:
-    """What the user allows and asks for; see ``attnc.optimize``."""
+    """What the user allows and asks for; see ``attnc.optimize``.
+
+    ``draw`` puts each site's region, before and after, into the details of its record.
+    """
 
     forms: Forms
     target: str = "cpu"
@@ -54,6 +58,7 @@ class Options:
     cost_model: bool = True
     gradients: bool = False
     progress: Progress | None = None
+    draw: bool = False
 
 
 @dataclass
@@ -94,13 +99,22 @@ def run(captured: Captured, options: Options, placeholders: Mapping[str, Any] | 
     known = hints(captured.work)
     options.forms.check([f.match.site.id for f in found] + [name for _, name in missed])
     original = captured.exported.graph if captured.exported is not None else copy.deepcopy(captured.graph)
+    with _timed(stages, "names", options):
+        namer = Namer(captured.work, captured.tensors)
+        named = [namer.names(f) for f in found]
     with _timed(stages, "plan", options):
         gate = Rewriter(original, captured.work, captured.links, captured.moments)
         jobs = [_plan(f, gate, options, known) for f in found]
+        for job, names in zip(jobs, named, strict=True):
+            job.details |= {"operands": names} if names else {}
     outcome = _rewrite_and_check(captured, original, jobs, options, placeholders, stages)
     nodes = {n.name: n for n in captured.work.nodes}
     outcome.records = [site_record(j, nodes) for j in jobs]
     outcome.records += [missed_record(m, name, nodes) for m, name in missed]
+    if options.draw:
+        draw(
+            jobs, missed, outcome.records, nodes, outcome.runtime.graph if outcome.runtime else captured.graph
+        )
     outcome.linears = _linears(captured, found, options)
     return outcome
 

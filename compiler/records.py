@@ -6,7 +6,7 @@ would make it a match.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from attnc import verify as checks
 from attnc.codes import advice
 from attnc.cost import Cost
 from attnc.ir import AttentionSpec, Miss, Plan
+from attnc.passes.analyze.region_view import view_of_miss, view_of_rewrite, view_of_site
 from attnc.passes.analyze.source import blocking_op, blocking_source
 from attnc.passes.detect import Found
 from attnc.passes.detect.graph import module_path, source_line
@@ -110,6 +111,29 @@ def missed_record(miss: Miss, name: str, nodes: Mapping[str, fx.Node]) -> SiteRe
         details={"node": miss.node},
         **_blocking(miss, nodes),
     )
+
+
+def draw(
+    jobs: Sequence[Job],
+    missed: Sequence[tuple[Miss, str]],
+    records: Sequence[SiteRecord],
+    nodes: Mapping[str, fx.Node],
+    rewritten: fx.Graph,
+) -> None:
+    """Put what is drawn of each site into its record: ``before``, and ``after`` where it was rewritten.
+
+    ``records`` are those of the jobs, then those of the misses; ``nodes`` are from the working graph.
+    """
+    made = {n.name: n for n in rewritten.nodes}
+    outputs = frozenset(j.new_output for j in jobs if j.plan is not None)
+    for job, record in zip(jobs, records[: len(jobs)], strict=True):
+        stopped = job.miss.node if job.miss is not None else ""
+        record.details["before"] = view_of_site(job.found, nodes, stopped)
+        if job.plan is not None and job.new_output in made:
+            record.details["after"] = view_of_rewrite(made[job.new_output], outputs)
+    for (miss, _), record in zip(missed, records[len(jobs) :], strict=True):
+        if miss.node in nodes:
+            record.details["before"] = view_of_miss(nodes[miss.node])
 
 
 def _blocking(miss: Miss | None, nodes: Mapping[str, fx.Node]) -> dict[str, Any]:

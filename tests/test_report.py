@@ -110,20 +110,3 @@ def test_clip_keeps_both_ends(width):
     assert text.startswith("mode")
     assert text.endswith("attn")
     assert clip("short", width) == "short"
-
-
-def test_page_stands_alone_and_draws_each_mask(tmp_path):
-    made = report()
-    made.sites[0].details = {"before": ["%a = matmul", "%b <= 1"], "after": "%c = sdpa"}
-    path = tmp_path / "report.html"
-    made.to_html(path)
-    text = path.read_text()
-    assert text.count("<svg") == 2
-    assert "%b &lt;= 1" in text
-    assert "src=" not in text
-    assert "href=" not in text
-    # Causal and padding: tiles above the diagonal are hidden, the others depend on the padding row.
-    svg = text[text.index("<svg") : text.index("</svg>")]
-    tiles = int(math.sqrt(svg.count("<rect")))
-    assert svg.count('fill="#fff"') == tiles * (tiles - 1) // 2
-    assert svg.count('fill="#9bd"') == tiles * (tiles + 1) // 2

@@ -49,11 +49,11 @@ class Namer:
 
     def __post_init__(self) -> None:
         self.nodes = {n.name: n for n in self.graph.nodes}
-        self.values = Values(self.tensors, LIMIT)
+        self.values = Values(self.graph, self.tensors, LIMIT)
         self.tables = Tables(Env(self.tensors, frozenset(self.tensors)), self.nodes, self.tensors)
 
     def names(self, found: Found) -> dict[str, str]:
-        """Return a text for q and for k, such as ``rms-norm, rope(half)``; no entry where nothing is named."""
+        """Return a text for q and for k, such as ``rms-norm, rope(half)``; none for one without a name."""
         recipes = {n: r for n in ("q", "k") if isinstance(r := found.operands[n], Recipe)}
         texts = {n: self._name(r) for n, r in recipes.items()}
         return {n: text for n, text in texts.items() if text}
@@ -70,7 +70,7 @@ class Namer:
         return ", ".join(words)
 
     def _step(self, at: At, feature: Expr) -> tuple[At | None, str]:
-        """Return what an element is made from, and the name of what was done to it ('' for a gain or a view)."""
+        """Return what an element is made from, and the name of what was done to it ('' for a gain)."""
         norm = norm_at(at)
         if norm is not None:
             return norm.of, norm.name
@@ -94,6 +94,8 @@ class Namer:
 
         Layers differ in the names of their data and weights only, so each such family is looked at once.
         """
+        if e.op == "load":
+            return None
         names: dict[str, int] = {}
         key = slots((e, feature.args[1]), lambda name: self._family(name, names))
         if key not in self._known:

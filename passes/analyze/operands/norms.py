@@ -84,7 +84,7 @@ def _width(at: At, axis: int) -> str:
 
 
 def _split(at: At) -> tuple[At, At, float] | None:
-    """Return the row's element, the factor, and 1 or -1 for times or over; None if there is no such factor."""
+    """Return the row's element, its factor, and 1 for times or -1 for over; None if there is none."""
     node, f = at.node, feature_of(at)
     if f is None or base_name(node) not in ("mul", "div") or node.kwargs.get("rounding_mode"):
         return None
@@ -211,11 +211,16 @@ def _squared(node: fx.Node) -> fx.Node | None:
 
 
 def _same_row(a: fx.Node, b: fx.Node) -> bool:
-    return _uncast(a) is _uncast(b)
+    """Say whether two nodes hold the same value, casts apart: one node, or one elementwise op said twice."""
+    a, b = _uncast(a), _uncast(b)
+    if a is b:
+        return True
+    twice = op_name(a) == op_name(b) and base_name(a) in ("add", "sub", "mul") and a.kwargs == b.kwargs
+    return twice and _uncast(a.args[0]) is _uncast(b.args[0]) and a.args[1:] == b.args[1:]  # type: ignore[arg-type]
 
 
 def _uncast(node: fx.Node) -> fx.Node:
-    while is_float_cast(node):
+    while isinstance(node, fx.Node) and is_float_cast(node):
         node = node.args[0]  # type: ignore[assignment]
     return node
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import fx
 
@@ -41,31 +42,31 @@ def feature_of(at: At) -> Expr | None:
     return next((g for g in used if g.args[0] == FEATURE), None)
 
 
-def _shape_after(name: str, arg: Sequence[object], sizes: Sequence[Expr]) -> tuple[Expr, ...]:
+def _shape_after(name: str, arg: Sequence[Any], sizes: Sequence[Expr]) -> tuple[Expr, ...]:
     if name == "permute":
-        return tuple(sizes[a] for a in arg)  # type: ignore[index]
+        return tuple(sizes[a] for a in arg)
     if name == "select":
-        return (*sizes[: arg[0]], *sizes[arg[0] + 1 :])  # type: ignore[misc,operator]
+        return (*sizes[: arg[0]], *sizes[arg[0] + 1 :])
     if name == "slice":
         axis, start, end = arg
-        return (*sizes[:axis], E.sub(end, start), *sizes[axis + 1 :])  # type: ignore[misc,operator,arg-type]
-    return tuple(arg)  # type: ignore[arg-type]
+        return (*sizes[:axis], E.sub(end, start), *sizes[axis + 1 :])
+    return tuple(arg)
 
 
 def _before(
-    name: str, arg: Sequence[object], index: Index, before: Sequence[Expr], after: Sequence[Expr]
+    name: str, arg: Sequence[Any], index: Index, before: Sequence[Expr], after: Sequence[Expr]
 ) -> Index | None:
     """Return the index in front of one step for an index behind it."""
     if name == "permute":
         out = [ZERO] * len(index)
         for position, axis in enumerate(arg):
-            out[axis] = index[position]  # type: ignore[call-overload]
+            out[axis] = index[position]
         return tuple(out)
     if name == "select":
-        return (*index[: arg[0]], arg[1], *index[arg[0] :])  # type: ignore[misc]
+        return (*index[: arg[0]], arg[1], *index[arg[0] :])
     if name == "slice":
         axis, start = arg[:2]
-        return (*index[:axis], E.add(index[axis], start), *index[axis + 1 :])  # type: ignore[misc,operator,call-overload,arg-type]
+        return (*index[:axis], E.add(index[axis], start), *index[axis + 1 :])
     if name == "expand":
         return tuple(ZERO if n == ONE else x for x, n in zip(index, before, strict=True))
     return reshape(index, after, before)

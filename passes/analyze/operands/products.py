@@ -50,8 +50,6 @@ def products(e: Expr, is_table: Callable[[Expr], bool]) -> tuple[Product, ...] |
     if e.op != "call":
         return (Product(1.0, (e,)),)
     name, args = e.args
-    if name == "guarded":
-        return products(args[0], is_table)
     if name not in ("add", "sub", "mul", "div") or (name != "mul" and is_table(e)):
         return (Product(1.0, (e,)),)
     a, b = (products(x, is_table) for x in args)

@@ -4,9 +4,9 @@ An operand is rotated if there is a partner p(d) for every rotated feature d, wi
 
     y[d] = x[d] * cos(angle) + sign(d) * x[p(d)] * sin(angle),    sign(p(d)) = -sign(d),    p(p(d)) = d,
 
-and one angle for both of a pair.  Half-split, interleaved and complex spellings, sections of several position
-axes, and gains before or after are all this one identity; they differ in p and in the angles.  The identity is
-proven feature by feature on the element's own expression.
+and one angle for both of a pair.  Half-split, interleaved and complex spellings, sections of several
+position axes, and gains before or after are all this one identity; they differ in p and in the angles.  The
+identity is proven feature by feature on the element's own expression.
 """
 
 from __future__ import annotations
@@ -120,10 +120,10 @@ def _paired(turns: Sequence[Sequence[Turn]], tables: Tables) -> tuple[tuple[Pair
         t, other, certain = found
         given = given or not certain
         done |= {t.feature, other.feature}
-        x, y = tables.source(t.cosine), tables.source(other.cosine)
-        if x is None or y is None or x == y:
+        one, two = tables.source(t.cosine), tables.source(other.cosine)
+        if one is None or two is None or one == two:
             return (), False
-        pairs.append(Pair((t.feature, other.feature), (x, y), t.angle))
+        pairs.append(Pair((t.feature, other.feature), (one, two), t.angle))
     return tuple(pairs), given
 
 

@@ -7,15 +7,16 @@ divided by a size of its own row is where the way ends, because that is a norm (
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+import torch
 from torch import fx
 
 from attnc import expr as E
 from attnc.expr import ONE, ZERO, Expr
 from attnc.passes.analyze.operands.norms import is_normalized
 from attnc.passes.detect.arithmetic import arithmetic, to_int
-from attnc.passes.detect.graph import argument, base_name, shape, tensor_of
+from attnc.passes.detect.graph import argument, base_name, op_name, shape, tensor_of
 from attnc.passes.detect.pull import Puller, leaf
 from attnc.passes.detect.pull_rules import RULES
 from attnc.passes.detect.views import At, Index, broadcast, stepped
@@ -24,7 +25,12 @@ from attnc.passes.detect.views import At, Index, broadcast, stepped
 class Values(Puller):
     """Evaluate elements of operands; numbers in tables stay reads of the table, so that all look alike."""
 
+    def __init__(self, graph: fx.Graph, constants: Mapping[str, torch.Tensor | None], limit: int) -> None:
+        super().__init__(constants, limit)
+        self._same = equal_nodes(graph)
+
     def _compute(self, at: At) -> Expr:
+        at = At(self._same.get(at.node, at.node), at.index)
         node, t = at.node, tensor_of(at.node)
         if t is None:
             return self._scalar(node)
@@ -43,9 +49,32 @@ class Values(Puller):
         out = shared(self, node, at.index) if shared is not None else None
         return out if out is not None else pair(E.call("real", leaf(at)), E.call("imag", leaf(at)))
 
+    def arm(self, node: fx.Node, index: Index) -> Expr:
+        """Return the value of an arm; which arm it is, is decided feature by feature later."""
+        return self.at(node, index)
+
     def _constant(self, at: At) -> Expr | None:
         t = tensor_of(at.node)
         return None if t is None or t.dtype.is_floating_point or t.dtype.is_complex else super()._constant(at)
+
+
+def equal_nodes(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Return, for each node that computes what an earlier one does, the first such node.
+
+    Angles that are computed once for the cosine and again for the sine are the same angles.
+    """
+    first: dict[str, fx.Node] = {}
+    out: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(
+            node.target, "tags", ()
+        ):
+            continue
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: out.get(n, n))
+        kept = first.setdefault(f"{op_name(node)} {args} {kwargs}", node)
+        if kept is not node:
+            out[node] = kept
+    return out
 
 
 _MOVES = ("cat", "index", "index_select", "where")
@@ -111,16 +140,16 @@ def _conjugate(p: Values, node: fx.Node, index: Index) -> Expr | None:
 def _product(p: Values, node: fx.Node, index: Index) -> Expr | None:
     """Multiply out complex factors; products of real ones have a rule already."""
     t = tensor_of(node)
-    if t is None or not t.dtype.is_complex or not all(isinstance(a, fx.Node) for a in node.args[:2]):
+    if t is None or not t.dtype.is_complex or any(isinstance(a, complex) for a in node.args):
         return None
-    a, b = (_wide(p.operand(x, index)) for x in node.args[:2])
+    x, y = (p.operand(a, index) for a in node.args[:2])
+    a, b = parts(x), parts(y)
+    if a is None or b is None:
+        both, factor = (a, y) if b is None else (b, x)
+        return None if both is None else pair(*(arithmetic("mul", e, factor) for e in both))
     re = arithmetic("sub", arithmetic("mul", a[0], b[0]), arithmetic("mul", a[1], b[1]))
     im = arithmetic("add", arithmetic("mul", a[0], b[1]), arithmetic("mul", a[1], b[0]))
     return pair(re, im)
-
-
-def _wide(e: Expr) -> tuple[Expr, Expr]:
-    return parts(e) or (e, E.real(0.0))
 
 
 def _copy(p: Values, node: fx.Node, index: Index) -> Expr | None:
@@ -147,6 +176,15 @@ def _slice_scatter(p: Values, node: fx.Node, index: Index) -> Expr | None:
     there = ZERO if shape(src)[d] == ONE else there
     written = p.arm(src, (*index[:d], there, *index[d + 1 :]))
     return E.where(E.and_(*inside), written, p.operand(whole, index))
+
+
+def _stack(p: Values, node: fx.Node, index: Index) -> Expr | None:
+    tensors, d = argument(node, 0, "tensors"), argument(node, 1, "dim", 0) % len(index)
+    rest = (*index[:d], *index[d + 1 :])
+    out = p.at(tensors[-1], rest)
+    for i, t in reversed(list(enumerate(tensors[:-1]))):
+        out = E.where(E.eq0(E.sub(index[d], E.integer(i))), p.at(t, rest), out)
+    return out
 
 
 def _embedding(p: Values, node: fx.Node, index: Index) -> Expr | None:
@@ -177,6 +215,7 @@ _RULES: dict[str, _Rule] = {
     "mul": _product,
     "copy": _copy,
     "slice_scatter": _slice_scatter,
+    "stack": _stack,
     "embedding": _embedding,
     "gather": _gather,
 }

@@ -139,7 +139,6 @@ ROTATIONS: dict[Callable[[Tensor], Tensor], str] = {
     interleaved_by_slices: "rope(interleaved)",
     interleaved_by_stacked_halves: "rope(interleaved)",
     interleaved_by_view: "rope(interleaved)",
-    interleaved_in_place: "rope(interleaved)",
     complex_polar: "rope(interleaved)",
     complex_parts: "rope(half)",
     partial: "rope(half, 8 of 16)",
@@ -186,6 +185,11 @@ def layer_by_hand(x: Tensor) -> Tensor:
     return y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
+def layer_centered_twice(x: Tensor) -> Tensor:
+    m = x.mean(-1, keepdim=True)
+    return (x - m) * torch.rsqrt((x - m).pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
 def layer_by_variance(x: Tensor) -> Tensor:
     return (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-6)
 
@@ -199,6 +203,7 @@ NORMS: dict[Callable[[Tensor], Tensor], str] = {
     unit_by_sum: "l2-norm",
     layer: "layer-norm",
     layer_by_hand: "layer-norm",
+    layer_centered_twice: "layer-norm",
     layer_by_variance: "layer-norm",
 }
 

@@ -10,16 +10,33 @@ from attnc.capture import capture_export
 from attnc.passes.analyze.operands import Namer
 from attnc.passes.detect import detect
 from tests.passes.analyze.operands import spellings as S
+from tests.rewriting import traced
 
 X = (2, 12, 32)
 
 
 def names(model: nn.Module, *args: Tensor, dynamic: bool = False) -> dict[str, str]:
-    """Return the names of the one site of a module."""
+    """Return the names of the one site of a module, captured with the values of its weights."""
     captured = capture_export(model, args, {}, dynamic_shapes="auto" if dynamic else None)
-    found, missed = detect(captured.work, captured.tensors, captured.links)
+    found, missed = detect(captured.work, captured.tensors)
     assert len(found) == 1, missed
     return Namer(captured.work, captured.tensors).names(found[0])
+
+
+def traced_names(model: nn.Module, *args: Tensor) -> dict[str, str]:
+    """Return the names of the one site of a module, traced and not exported."""
+    weights = dict(model.named_parameters())
+
+    def call(*values: Tensor) -> Tensor:
+        given = dict(zip(weights, values, strict=False))
+        return torch.func.functional_call(model, given, values[len(weights) :])
+
+    graph = traced(call, (*weights.values(), *args)).work
+    inputs = [n.name for n in graph.nodes if n.op == "placeholder"]
+    tensors = dict(zip(inputs, weights.values(), strict=False))
+    found, missed = detect(graph, tensors)
+    assert len(found) == 1, missed
+    return Namer(graph, tensors).names(found[0])
 
 
 def both(text: str) -> dict[str, str]:
@@ -28,22 +45,26 @@ def both(text: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("f", S.ROTATIONS, ids=lambda f: f.__name__)
 def test_rotation_is_named(f):
-    assert names(S.Attend(f), torch.randn(X)) == both(S.ROTATIONS[f])
+    assert traced_names(S.Attend(f), torch.randn(X)) == both(S.ROTATIONS[f])
 
 
-@pytest.mark.parametrize("f", [S.half_by_rotate_half, S.interleaved_by_slices, S.complex_polar, S.partial])
+@pytest.mark.parametrize("f", [S.half_by_rotate_half, S.complex_polar, S.partial])
 def test_rotation_is_named_with_free_sizes_and_behind_grouped_heads(f):
     assert names(S.Attend(f, grouped=True), torch.randn(X), dynamic=True) == both(S.ROTATIONS[f])
 
 
 @pytest.mark.parametrize("f", S.NORMS, ids=lambda f: f.__name__)
 def test_norm_is_named(f):
-    assert names(S.Attend(f), torch.randn(X)) == both(S.NORMS[f])
+    assert traced_names(S.Attend(f), torch.randn(X)) == both(S.NORMS[f])
 
 
 @pytest.mark.parametrize("f", S.LOOK_ALIKES, ids=lambda f: f.__name__)
 def test_look_alike_is_not_named(f):
-    assert names(S.Attend(f), torch.randn(X)) == {}
+    assert traced_names(S.Attend(f), torch.randn(X)) == {}
+
+
+def test_rotation_that_is_written_into_slices_is_named():
+    assert names(S.Attend(S.interleaved_in_place), torch.randn(X)) == both("rope(interleaved)")
 
 
 class Gained(nn.Module):
@@ -64,8 +85,8 @@ class Gained(nn.Module):
 @pytest.mark.parametrize("rotate", [S.half_by_rotate_half, S.interleaved_by_view, S.partial])
 def test_norm_stands_before_or_after_the_rotation(norm, rotate):
     n, r = S.NORMS[norm], S.ROTATIONS[rotate]
-    assert names(S.Attend(Gained(norm, rotate, True)), torch.randn(X)) == both(f"{n}, {r}")
-    assert names(S.Attend(Gained(norm, rotate, False)), torch.randn(X)) == both(f"{r}, {n}")
+    assert traced_names(S.Attend(Gained(norm, rotate, True)), torch.randn(X)) == both(f"{n}, {r}")
+    assert traced_names(S.Attend(Gained(norm, rotate, False)), torch.randn(X)) == both(f"{r}, {n}")
 
 
 def test_norm_over_all_heads_says_so():
@@ -75,7 +96,7 @@ def test_norm_over_all_heads_says_so():
             q, k, v = (t.view(*x.shape[:2], 4, S.D).transpose(1, 2) for t in (q, k, self.v(x)))
             return torch.softmax(q @ k.transpose(-1, -2), -1) @ v
 
-    assert names(Wide(S.rms), torch.randn(X)) == both("rms-norm over all heads")
+    assert traced_names(Wide(S.rms), torch.randn(X)) == both("rms-norm over all heads")
 
 
 class Sections(S.Attend):
@@ -145,7 +166,7 @@ def test_only_one_side_may_be_rotated():
             q, k, v = (t(x).view(*x.shape[:2], 4, S.D).transpose(1, 2) for t in (self.q, self.k, self.v))
             return torch.softmax(S.half_by_rotate_half(q) @ k.transpose(-1, -2), -1) @ v
 
-    assert names(OneSide(S.rms), torch.randn(X)) == {"q": "rope(half)"}
+    assert traced_names(OneSide(S.rms), torch.randn(X)) == {"q": "rope(half)"}
 
 
 def test_layers_are_read_once_and_named_alike():
@@ -161,7 +182,7 @@ def test_layers_are_read_once_and_named_alike():
             return x
 
     captured = capture_export(Layers(), (torch.randn(X),), {}, dynamic_shapes=None)
-    found, _ = detect(captured.work, captured.tensors, captured.links)
+    found, _ = detect(captured.work, captured.tensors)
     namer = Namer(captured.work, captured.tensors)
     assert [namer.names(f) for f in found] == [both("rms-norm, rope(half)")] * 6
     assert len(namer._known) <= 6
