@@ -175,6 +175,9 @@ def where(c: Expr, a: Expr, b: Expr) -> Expr:
         return b
     if is_bool(a) and is_bool(b):
         return or_(and_(c, a), and_(not_(c), b))
+    a, b = _under(a, c), _under(b, not_(c))
+    if a == b:
+        return a
     if is_int(a) and _vanishes(a, c):
         a = ZERO
     if is_int(b) and _vanishes(b, not_(c)):
@@ -188,6 +191,15 @@ def where(c: Expr, a: Expr, b: Expr) -> Expr:
     if is_int(a) and is_int(b):
         return generator(Expr("where", c, a, b))
     return Expr("where", c, a, b)
+
+
+def _under(x: Expr, c: Expr) -> Expr:
+    """Return the arm of a ``where`` that holds under ``c``, if its condition is that or its negation."""
+    g = only_generator(x) if is_int(x) else x
+    if g is None or g.op != "where":
+        return x
+    inner, a, b = g.args
+    return _under(a, c) if inner == c else _under(b, c) if inner == not_(c) else x
 
 
 def _vanishes(p: Expr, c: Expr) -> bool:

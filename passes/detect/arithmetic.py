@@ -140,12 +140,28 @@ def to_int(x: Expr) -> Expr | None:
 
 # ---------------------------------------------------------------- operations
 
+PIECES = 16
+"""The most pairs of arms that an operation on two piecewise values is carried into."""
+
+
+def _pieces(x: Expr) -> int:
+    """Return the number of arms of a piecewise value."""
+    choice = _choice(x)
+    return 1 if choice is None else sum(map(_pieces, choice.args[1:]))
+
+
+def _may_multiply(a: Expr, b: Expr) -> bool:
+    m, n = _pieces(a), _pieces(b)
+    return m == 1 or n == 1 or m * n <= PIECES
+
 
 def _lift(f: Callable[[Expr, Expr], Expr | None], a: Expr, b: Expr) -> Expr | None:
-    """Apply ``f`` inside the arms of a ``where`` when the other side is plain."""
+    """Apply ``f`` inside the arms of a ``where``, unless two of them would multiply to too many pieces."""
+    if not _may_multiply(a, b):
+        return f(a, b)
     for x, other, swap in ((a, b, False), (b, a, True)):
         choice = _choice(x)
-        if choice is None or other.op == "where":
+        if choice is None:
             continue
         arms = [_lift(f, other, arm) if swap else _lift(f, arm, other) for arm in choice.args[1:]]
         if arms[0] is None or arms[1] is None:
@@ -192,12 +208,36 @@ def _constants(op: str, m: float, n: float, x: Expr, y: Expr) -> Expr:
 
 
 def _same_kind(x: Expr, y: Expr) -> tuple[Expr, Expr]:
-    """Turn a whole float constant into an integer when the other side is an integer polynomial."""
-    if E.is_int(x) and not E.is_int(y) and y.op == "const":
+    """Turn whole float constants and their ``where`` into integers when the other side is or can be one."""
+    if E.is_int(x) and not E.is_int(y) and y.op in ("const", "where"):
         return x, to_int(y) or y
-    if E.is_int(y) and not E.is_int(x) and x.op == "const":
+    if E.is_int(y) and not E.is_int(x) and x.op in ("const", "where"):
         return to_int(x) or x, y
+    if x.op == y.op == "where":
+        i, j = to_int(x), to_int(y)
+        return (x, y) if i is None or j is None else (i, j)
     return x, y
+
+
+def extreme(op: str, a: Expr, b: Expr) -> Expr | None:
+    """Return the ``max`` or ``min`` of two integers or constants, None for others."""
+    return _lift(lambda x, y: _extreme(op, x, y), a, b)
+
+
+def _extreme(op: str, x: Expr, y: Expr) -> Expr | None:
+    m, n = E.as_number(x), E.as_number(y)
+    if m is not None and n is not None:
+        return x if (m >= n) == (op == "max") else y
+    i, j = to_int(x), to_int(y)
+    if i is None or j is None:
+        far = m if m is not None else n
+        if far is None or not math.isinf(far) or not (E.is_int(x) or E.is_int(y)):
+            return None
+        return (y if m is not None else x) if (far < 0) == (op == "max") else E.real(far)
+    return E.where(E.le0(E.sub(i, j)), *((j, i) if op == "max" else (i, j)))
+
+
+# ---------------------------------------------------------------- comparisons
 
 
 def compare(op: str, a: Expr, b: Expr) -> Expr:
@@ -205,23 +245,73 @@ def compare(op: str, a: Expr, b: Expr) -> Expr:
 
     Both sides must be integers, predicates or constants; else the predicate is opaque.
     """
-    out = _lift(lambda x, y: _decided(op, x, y), a, b)
+    out = _compared(op, a, b)
     return E.not_(E.call("is_zero", E.call(op, a, b))) if out is None else out
+
+
+_MIRRORED = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt", "eq": "eq", "ne": "ne"}
+
+
+def _compared(op: str, a: Expr, b: Expr) -> Expr | None:
+    for x, y, how in ((a, b, op), (b, a, _MIRRORED[op])):
+        found = _bound(how, x, y)
+        if found is not None:
+            return found
+    return _lift(lambda x, y: _decided(op, x, y), a, b)
+
+
+def _bound(op: str, x: Expr, y: Expr) -> Expr | None:
+    """Compare a maximum or minimum by its parts: ``max(a, b) <= y`` is ``a <= y`` and ``b <= y``."""
+    kind = _extreme_of(x)
+    if kind is None or op in ("eq", "ne"):
+        return None
+    which, a, b = kind
+    parts = [_compared(op, a, y), _compared(op, b, y)]
+    if parts[0] is None or parts[1] is None:
+        return None
+    return (E.and_ if (which == "max") == (op in ("le", "lt")) else E.or_)(parts[0], parts[1])
+
+
+def _extreme_of(x: Expr) -> tuple[str, Expr, Expr] | None:
+    """Return ("max" or "min", a, b) if an integer ``where`` chooses by the order of its arms."""
+    choice = _choice(x)
+    if choice is None or choice.args[0].op != "le0" or not all(map(E.is_int, choice.args[1:])):
+        return None
+    c, a, b = choice.args
+    for which, d in (("min", E.sub(a, b)), ("max", E.sub(b, a))):
+        if c in (E.le0(d), E.le0(E.add(d, ONE))):
+            return which, a, b
+    return None
 
 
 def _decided(op: str, x: Expr, y: Expr) -> Expr | None:
     if E.is_bool(x) and E.is_bool(y) and op in ("eq", "ne"):
         same = E.or_(E.and_(x, y), E.and_(E.not_(x), E.not_(y)))
         return same if op == "eq" else E.not_(same)
+    m, n = E.as_number(x), E.as_number(y)
+    if m is not None and n is not None:
+        ok = {"le": m <= n, "lt": m < n, "ge": m >= n, "gt": m > n, "eq": m == n, "ne": m != n}[op]
+        return TRUE if ok else FALSE
     i, j = to_int(x), to_int(y)
     if i is not None and j is not None:
-        if (_choice(i) is not None or _choice(j) is not None) and not (x == i and y == j):
+        if max(_pieces(i), _pieces(j)) > 1 and _may_multiply(i, j) and not (x == i and y == j):
             return _lift(lambda u, v: _decided(op, u, v), i, j)
         d = E.sub(i, j)
         table = {"le": d, "lt": E.add(d, ONE), "ge": E.neg(d), "gt": E.add(E.neg(d), ONE)}
         return E.le0(table[op]) if op in table else E.eq0(d) if op == "eq" else E.not_(E.eq0(d))
-    m, n = E.as_number(x), E.as_number(y)
-    if m is None or n is None:
-        return None
-    ok = {"le": m <= n, "lt": m < n, "ge": m >= n, "gt": m > n, "eq": m == n, "ne": m != n}[op]
-    return TRUE if ok else FALSE
+    if i is not None and n is not None:
+        return _with_fraction(op, i, n)
+    return _with_fraction(_MIRRORED[op], j, m) if j is not None and m is not None else None
+
+
+def _with_fraction(op: str, i: Expr, n: float) -> Expr | None:
+    """Compare an integer with a number that is no integer: a fraction or an infinity."""
+    if math.isnan(n):
+        return TRUE if op == "ne" else FALSE
+    if op in ("eq", "ne"):
+        return TRUE if op == "ne" else FALSE
+    below = op in ("le", "lt")
+    if math.isinf(n):
+        return TRUE if (n > 0) == below else FALSE
+    edge = E.integer(math.floor(n))
+    return E.le0(E.sub(i, edge)) if below else E.le0(E.add(E.sub(edge, i), ONE))

@@ -23,6 +23,8 @@ from attnc.passes.detect.roles import Atoms
 from attnc.passes.detect.views import At, stepped
 
 HUGE = -1e30
+LARGEST = 2000
+"""Distinct terms of a condition from which on the model's own tensor is read instead."""
 
 
 def write_steps(d: Draft, env: Env) -> None:
@@ -120,9 +122,13 @@ def _condition(d: Draft, at: At, sense: int) -> Expr:
 
 
 def _emittable(keep: Expr, d: Draft) -> bool:
-    """Say whether the condition is made of comparisons of integers, connectives and loads."""
-    for e in E.walk(keep):
-        if e.op in ("call", "where", "opaque", "floordiv", "mod", "const"):
+    """Say whether the condition is made of integers, comparisons, connectives and loads, and is not large."""
+    for size, e in enumerate(E.walk(keep)):
+        if size > LARGEST or e.op in ("call", "opaque", "const"):
+            return False
+        if e.op in ("floordiv", "mod") and (E.as_int(e.args[1]) or 0) <= 0:
+            return False
+        if e.op == "where" and not (E.is_int(e.args[1]) and E.is_int(e.args[2])):
             return False
         if e.op == "load" and not _readable(e, d):
             return False
@@ -168,10 +174,11 @@ def write_mask(d: Draft) -> tuple[M.Mask, Fill]:
     where = Positions(_position(q), _position(k), size_of(q), size_of(k), (b, h, q, k))
     lifted = lift(d.mask.keep, where, len(d.captured))
     for name, axes, value in lifted.operands:
-        roles = {"bk": (r.batch, r.key), "bq": (r.batch, r.query), "bhqk": d.grid()}[axes]
+        roles = {"bk": (r.batch, r.key), "bq": (r.batch, r.query), "b": (r.batch,), "bhqk": d.grid()}[axes]
         used = set(E.indices(value))
-        kept = tuple(bool(set(x) & used) for x in roles) if axes == "bhqk" else (True, True)
-        made = d.capture(axes, roles, Computed(value, roles), torch.bool, kept)
+        kept = tuple(bool(set(x) & used) for x in roles) if axes == "bhqk" else (True,) * len(roles)
+        dtype = torch.int64 if E.is_int(value) else torch.bool
+        made = d.capture(axes, roles, Computed(value, roles), dtype, kept)
         assert made == name, f"operand {name} was captured as {made}"
     how = "add" if d.mask.how == "add" else "replace"
     return lifted.mask, Fill(d.mask.value, how) if not isinstance(lifted.mask, M.Full) else Fill()  # type: ignore[arg-type]

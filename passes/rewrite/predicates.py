@@ -1,4 +1,4 @@
-"""Emit a symbolic condition as graph nodes: a bool tensor with one axis per role."""
+"""Emit a symbolic condition or integer as graph nodes: a bool or int64 tensor with one axis per role."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def emit(
 
     ``resolve`` maps names of the working graph to nodes of the edited one.
     """
-    out = _Emitter(c, build, resolve, work, device).predicate(c.value)
+    emitter = _Emitter(c, build, resolve, work, device)
+    out = emitter.number(c.value) if E.is_int(c.value) else emitter.predicate(c.value)
     return out if len(c.axes) == 4 else build.expand(out, [size_of(a) for a in c.axes])
 
 
@@ -89,7 +90,7 @@ class _Emitter:
         total: fx.Node | None = None
         loose = E.ZERO
         for mono, c in E.terms(p):
-            varying = [g for g in mono if g.op in ("index", "load")]
+            varying = [g for g in mono if g.op not in ("size", "opaque")]
             if not varying:
                 loose = E.add(loose, E.mul(E.integer(c), E.product(E.generator(g) for g in mono)))
                 continue
@@ -101,12 +102,29 @@ class _Emitter:
             if factor != 1:
                 part = call(aten.mul.Scalar, part, factor)
             total = part if total is None else call(aten.add.Tensor, total, part)
-        assert total is not None, f"{p} varies along no axis"
+        if total is None:
+            ones = [1] * len(self.axes)
+            total = call(
+                aten.full.default, ones, self.build.size(loose), dtype=torch.int64, device=self.device
+            )
+            return total
         return total if loose == E.ZERO else call(aten.add.Scalar, total, self.build.size(loose))
 
     def _generator(self, g: Expr) -> fx.Node:
         if g.op == "load":
             return self._whole(self._load(g))
+        if g.op == "where":
+            c, a, b = g.args
+            return self.build.call(aten.where.self, self.predicate(c), self.number(a), self.number(b))
+        if g.op in ("floordiv", "mod"):
+            x, n = self.number(g.args[0]), E.as_int(g.args[1])
+            assert n is not None, f"{g} was accepted by detection, but has no constant divisor"
+            if g.op == "mod":
+                return self.build.call(aten.remainder.Scalar, x, n)
+            return self.build.call(aten.div.Scalar_mode, x, n, rounding_mode="floor")
+        return self._position(g)
+
+    def _position(self, g: Expr) -> fx.Node:
         axis = next(i for i, atoms in enumerate(self.axes) if g in atoms)
         atoms = self.axes[axis]
         call, size = self.build.call, self.build.size
