@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from attnc.errors import UnsupportedError
-from attnc.ir import AttentionSpec, Bias, Gain, Scale, Softcap, Step
+from attnc.ir import AttentionSpec, Bias, Gain, Pointwise, Scale, Softcap, Step
 from attnc.masks import Full, Grid
+from attnc.pointwise import SCORE
 from attnc.printer import parse
 
 _FORWARD = "(Tensor q, Tensor k, Tensor v, Tensor[] captured, str spec) -> (Tensor, Tensor)"
@@ -179,6 +180,12 @@ def _pull_back(
         case Gain(operand):
             sums[operand] += (ds * before).sum_to_size(named[operand].shape)
             return ds * named[operand].to(ds.dtype)
+        case Pointwise():
+            grads = step.pull_back(before, named, ds)
+            for operand in step.operands:
+                if operand in grads:
+                    sums[operand] += grads[operand]
+            return grads.get(SCORE, torch.zeros_like(before))
         case _:
             raise UnsupportedError(
                 f"attnc::attend_backward: expected a step with a known derivative, found {step}"

@@ -8,14 +8,37 @@ Sk, Dqk]``, v ``[B, Hkv, Sk, Dv]``, scores ``[B, H, Sq, Sk]``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 
 from attnc.masks import FULL, Full, Grid, Mask
+from attnc.norms import SOFTMAX, Normalizer, Softmax
+from attnc.steps import HIDE, Bias, Fill, Gain, Pointwise, Scale, ScoreMod, Softcap, Step
+
+__all__ = [
+    "AttentionSpec",
+    "Bias",
+    "Contract",
+    "Dim",
+    "Fill",
+    "Gain",
+    "Kernel",
+    "Match",
+    "Miss",
+    "Normalizer",
+    "Operand",
+    "Plan",
+    "Pointwise",
+    "Scale",
+    "ScoreMod",
+    "Site",
+    "Softcap",
+    "Softmax",
+    "Step",
+]
 
 Dim = int | str
 """A size: a number, or the name of a symbolic size such as ``s77``."""
@@ -41,185 +64,6 @@ class Operand:
         return f"{self.name}={self.axes}[{dims}]:{dtype}"
 
 
-class ScoreMod(Protocol):
-    """One step on the scores ``[B, H, Sq, Sk]``, between the contraction and the mask."""
-
-    @property
-    def operands(self) -> tuple[str, ...]:
-        """Names of captured tensors that the step reads."""
-        ...
-
-    def apply(self, scores: torch.Tensor, captured: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the edited scores, same shape."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """Multiply every score by ``factor``."""
-
-    factor: float
-
-    @property
-    def operands(self) -> tuple[str, ...]:
-        """None."""
-        return ()
-
-    def apply(self, scores: torch.Tensor, captured: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return ``factor * scores``."""
-        return scores * self.factor
-
-    def __str__(self) -> str:
-        return f"scale({self.factor!r})"
-
-
-@dataclass(frozen=True, slots=True)
-class Softcap:
-    """Bound every score to ``(-cap, cap)`` by ``cap * tanh(scores / cap)``; ``cap`` > 0, in score units.
-
-    Source: Gemma 2 report, section 2 (arXiv:2408.00118).
-    """
-
-    cap: float
-
-    @property
-    def operands(self) -> tuple[str, ...]:
-        """None."""
-        return ()
-
-    def apply(self, scores: torch.Tensor, captured: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the capped scores."""
-        return self.cap * torch.tanh(scores / self.cap)
-
-    def __str__(self) -> str:
-        return f"softcap({self.cap!r})"
-
-
-@dataclass(frozen=True, slots=True)
-class Bias:
-    """Add ``sign`` times a captured tensor that broadcasts to ``[B, H, Sq, Sk]``.
-
-    An additive mask that has no closed form is one.
-    """
-
-    operand: str
-    sign: Literal[1, -1] = 1
-
-    @property
-    def operands(self) -> tuple[str, ...]:
-        """The tensor added."""
-        return (self.operand,)
-
-    def apply(self, scores: torch.Tensor, captured: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return ``scores + sign * bias``."""
-        return scores + self.sign * captured[self.operand].to(scores.dtype)
-
-    def __str__(self) -> str:
-        return f"bias({'-' if self.sign < 0 else ''}{self.operand})"
-
-
-@dataclass(frozen=True, slots=True)
-class Gain:
-    """Multiply by a captured tensor that broadcasts to ``[B, H, Sq, Sk]``.
-
-    A learned temperature, per head or per query, is one.
-    """
-
-    operand: str
-
-    @property
-    def operands(self) -> tuple[str, ...]:
-        """The factor."""
-        return (self.operand,)
-
-    def apply(self, scores: torch.Tensor, captured: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return ``scores * gain``."""
-        return scores * captured[self.operand].to(scores.dtype)
-
-    def __str__(self) -> str:
-        return f"gain({self.operand})"
-
-
-Step = Scale | Softcap | Bias | Gain
-EmptyRow = Literal["nan", "uniform", "zero"]
-
-
-@dataclass(frozen=True, slots=True)
-class Fill:
-    """What stands at hidden positions: ``value``, added to the score or put in its place.
-
-    The value is -inf or a large negative score.
-
-    It decides what a query that sees no key gets: NaN for -inf, a spread over all keys for finite values.
-    """
-
-    value: float = -math.inf
-    how: Literal["add", "replace"] = "replace"
-
-    def apply(self, scores: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-        """Return the scores ``[B, H, Sq, Sk]`` with hidden positions filled."""
-        value = max(self.value, torch.finfo(scores.dtype).min) if math.isfinite(self.value) else self.value
-        if self.how == "replace":
-            return scores.masked_fill(~keep, value)
-        return scores + torch.zeros((), dtype=scores.dtype, device=scores.device).expand_as(keep).masked_fill(
-            ~keep, value
-        )
-
-    def __str__(self) -> str:
-        return f"fill({self.how},{self.value!r})"
-
-
-@dataclass(frozen=True, slots=True)
-class Softmax:
-    """Normalize over the keys, ``exp(s) / (sum exp(s) + exp(sink))``.
-
-    ``sink`` names a captured tensor ``[H]`` of logits that enter the denominator only, or is a number (0.0 is
-    softmax-plus-one), or None. ``upcast`` says that the model computes scores-to-weights in fp32 whatever its
-    dtype. ``safe`` gives rows that see no key zeros in place of NaN.
-    """
-
-    sink: str | float | None = None
-    upcast: bool = False
-    safe: bool = False
-
-    @property
-    def operands(self) -> tuple[str, ...]:
-        """The sink tensor, if it is one."""
-        return (self.sink,) if isinstance(self.sink, str) else ()
-
-    def apply(
-        self, scores: torch.Tensor, captured: Mapping[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the weights ``[B, H, Sq, Sk]`` and each row's log-sum-exp ``[B, H, Sq]``.
-
-        Both are in the scores' dtype.
-        """
-        lse = torch.logsumexp(scores, -1)
-        if self.sink is not None:
-            if isinstance(self.sink, str):
-                sink = captured[self.sink].to(scores.dtype).view(1, -1, 1)
-            else:
-                sink = torch.full((1, 1, 1), self.sink, dtype=scores.dtype, device=scores.device)
-            lse = torch.logaddexp(lse, sink.expand_as(lse))
-            return torch.exp(scores - lse[..., None]), lse
-        weights = torch.softmax(scores, -1)
-        if self.safe:
-            weights = weights.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
-        return weights, lse
-
-    def __str__(self) -> str:
-        sink = (
-            ()
-            if self.sink is None
-            else (f"sink={self.sink!r}" if isinstance(self.sink, float) else f"sink={self.sink}",)
-        )
-        words = (*sink, *(("upcast",) if self.upcast else ()), *(("safe",) if self.safe else ()))
-        return f"softmax({','.join(words)})" if words else "softmax"
-
-
-Normalizer = Softmax
-
-
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
     """WHAT is computed. Says nothing about how it was spelled or how it will run.
@@ -234,8 +78,8 @@ class AttentionSpec:
     group_size: int
     scores: tuple[Step, ...] = ()
     mask: Mask = FULL
-    fill: Fill = Fill()
-    norm: Normalizer = Softmax()
+    fill: Fill = HIDE
+    norm: Normalizer = SOFTMAX
     captured: tuple[Operand, ...] = ()
     dropout: float = 0.0
 

@@ -16,8 +16,9 @@ import torch
 
 from attnc.formula_text import named
 from attnc.formula_text import parse as parse_formula
-from attnc.ir import AttentionSpec, Bias, Fill, Gain, Operand, Scale, Softcap, Softmax, Step
+from attnc.ir import AttentionSpec, Bias, Fill, Gain, Operand, Pointwise, Scale, Softcap, Softmax, Step
 from attnc.masks import And, Band, Dense, Formula, Full, Mask, Not, Or, Padding, Range
+from attnc.pointwise import parse_term
 
 _OPERAND = re.compile(r"(\w+)=(\w+)\[([^\]]*)\]:(\w+)")
 # A size is a number, a name, or text with calls in it, such as Mod(s77,8).
@@ -79,9 +80,13 @@ def _operand(word: str) -> Operand:
 
 def _step(word: str) -> Step:
     kind = word.partition("(")[0]
-    if kind not in ("scale", "softcap", "bias", "gain"):
-        raise ValueError(f"expected scale, softcap, bias or gain, found {word!r}")
-    arg = _args(word, kind)[0]
+    if kind not in ("scale", "softcap", "bias", "gain", "pointwise"):
+        raise ValueError(f"expected scale, softcap, bias, gain or pointwise, found {word!r}")
+    args = _args(word, kind)
+    if kind == "pointwise":
+        parse_term(",".join(args))
+        return Pointwise(",".join(args))
+    arg = args[0]
     if kind == "scale":
         return Scale(float(arg))
     if kind == "softcap":

@@ -19,7 +19,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"compiler": "attnc", "passes": "attnc.passes", "codegen": "attnc.codegen"}
 _MASKS = ("masks", "mask_atoms", "mask_joins", "formula", "formula_text", "intervals")
-LOW = tuple(f"attnc.{n}" for n in ("ir", "expr", "polynomial", "terms", *_MASKS, "errors", "logs"))
+_STEPS = ("steps", "norms", "pointwise")
+LOW = tuple(f"attnc.{n}" for n in ("ir", *_STEPS, "expr", "polynomial", "terms", *_MASKS, "errors", "logs"))
 CORE = (*LOW, "attnc.formula_nodes", "attnc.printer", "attnc.sizes", "attnc.editing", "attnc.cost")
 JOINERS = ("attnc.pipeline", "attnc.api", "attnc.cli")
 HEAVY = ("onnx", "onnxruntime", "onnxscript", "triton", "transformers")

@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnc.ir import AttentionSpec, Bias, Fill, Gain, Operand, Scale, Softcap, Softmax
+from attnc.ir import AttentionSpec, Bias, Fill, Gain, Operand, Pointwise, Scale, Softcap, Softmax
 from attnc.masks import And, Band, Dense, Full, Mask, Not, Or, Padding, Range
+from attnc.pointwise import text
 from attnc.printer import parse, parse_mask
+from tests.test_pointwise import expressions
 
 names = st.sampled_from(["c0", "c1", "c12"])
 numbers = st.floats(allow_nan=False)
@@ -45,6 +47,7 @@ def operands(name: str, axes: str) -> st.SearchStrategy[Operand]:
 steps = st.one_of(
     numbers.map(Scale),
     st.floats(1e-3, 1e3).map(Softcap),
+    expressions.map(lambda t: Pointwise(text(t))),
     st.builds(Bias, names, st.sampled_from([1, -1])),
     names.map(Gain),
 )
@@ -110,7 +113,13 @@ GOOD = "attn q=bhqd[1,1,2,4]:float32 k=bhkd[1,1,2,4]:float32 v=bhke[1,1,2,4]:flo
         (f"{GOOD} mask=none", "expected a normalizer"),
         (f"{GOOD} mask=none sigmoid", "expected softmax"),
         (f"{GOOD} mask=none softmax(loud)", "expected sink=, upcast or safe, found 'loud'"),
-        (f"{GOOD} tanh(3) mask=none softmax", "expected scale, softcap, bias or gain, found 'tanh"),
+        (
+            f"{GOOD} tanh(3) mask=none softmax",
+            "expected scale, softcap, bias, gain or pointwise, found 'tanh",
+        ),
+        (f"{GOOD} pointwise(lgamma(s)) mask=none softmax", "expected a name, a number or a known"),
+        (f"{GOOD} pointwise(relu(s,s)) mask=none softmax", "expected a name, a number or a known"),
+        (f"{GOOD} pointwise(s+) mask=none softmax", "expected an elementwise expression"),
         (f"{GOOD} mask=banana softmax", "expected none, causal, window"),
         (f"{GOOD} mask=(causal & dense(a) | dense(b)) softmax", "expected one kind of operator"),
         (f"{GOOD} mask=causal fill(put,-1.0) softmax", "expected fill"),

@@ -12,7 +12,7 @@ from attnc.codegen.flex.runtime import DTYPES
 from attnc.codegen.flex.source import source
 from attnc.editing import Builder
 from attnc.errors import UnsupportedError
-from attnc.ir import AttentionSpec, Bias, Gain, Miss
+from attnc.ir import AttentionSpec, Miss, Pointwise
 from attnc.masks import integers
 
 
@@ -55,8 +55,10 @@ def _wrong_operand(spec: AttentionSpec) -> Miss | None:
         if dtypes[name] != torch.bool and not (dtypes[name] in whole and name in integers(spec.mask)):
             return Miss("flex-mask-dtype", "", f"a mask must be bool, found {dtypes[name]} for {name}")
     for step in spec.scores:
-        if isinstance(step, Bias | Gain) and not dtypes[step.operand].is_floating_point:
-            found = f"{dtypes[step.operand]} for {step.operand}"
+        allowed = (torch.bool,) if isinstance(step, Pointwise) else ()
+        wrong = [n for n in step.operands if not (dtypes[n].is_floating_point or dtypes[n] in allowed)]
+        if wrong:
+            found = f"{dtypes[wrong[0]]} for {wrong[0]}"
             return Miss("flex-score-dtype", "", f"a score edit must be floating point, found {found}")
     try:
         source(spec)

@@ -20,10 +20,11 @@ from typing import Literal
 
 import torch
 
+from attnc.codegen.flex.pointwise import written
 from attnc.errors import UnsupportedError
 from attnc.formula import fold
 from attnc.formula_text import Text
-from attnc.ir import AttentionSpec, Bias, Gain, Scale, Softcap, Step
+from attnc.ir import AttentionSpec, Bias, Gain, Pointwise, Scale, Softcap, Step
 from attnc.masks import And, Band, Dense, Formula, Full, Mask, Not, Or, Padding, Range
 
 Broadcast = tuple[bool, ...]
@@ -113,9 +114,10 @@ def _modifiers_lines(text: _Text, own_key: bool) -> list[str]:
 def is_soft(spec: AttentionSpec) -> bool:
     """Say whether hidden keys can keep some weight: a finite fill that a score can come near.
 
-    A bias may hold any value, the lowest of its dtype among them, so a finite fill beside a bias is soft.
+    A bias or an expression may give any value, the lowest of its dtype among them, so a finite fill
+    beside one is soft.
     """
-    biased = any(isinstance(s, Bias) for s in spec.scores)
+    biased = any(isinstance(s, Bias | Pointwise) for s in spec.scores)
     return (
         not isinstance(spec.mask, Full)
         and not math.isinf(spec.fill.value)
@@ -229,6 +231,11 @@ class _Text:
         dtype = next(o.dtype for o in self.spec.captured if o.name == operand)
         return self.read(operand, axes) + ("" if dtype == torch.float32 else ".to(torch.float32)")
 
+    def value(self, operand: str) -> str:
+        """Return the element in fp32, or as it is if it is a condition."""
+        dtype = next(o.dtype for o in self.spec.captured if o.name == operand)
+        return self.read(operand) if dtype == torch.bool else self.wide(operand)
+
     def sink(self) -> str:
         """Return the sink of head ``h``."""
         sink = self.spec.norm.sink
@@ -245,7 +252,9 @@ class _Text:
                 return f"score {'+' if sign > 0 else '-'} {self.wide(operand)}"
             case Gain(operand):
                 return f"score * {self.wide(operand)}"
-        raise UnsupportedError(f"flex: expected scale, softcap, bias or gain, found {step}")
+            case Pointwise():
+                return written(step.term, self.value)
+        raise UnsupportedError(f"flex: expected scale, softcap, bias, gain or pointwise, found {step}")
 
     def mask(self, mask: Mask) -> str:
         """Return whether the pair is visible."""

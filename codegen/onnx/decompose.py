@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from attnc.codegen.onnx import pointwise
 from attnc.codegen.onnx.builder import Builder
 from attnc.codegen.onnx.masks import keep
 from attnc.errors import CodegenError
-from attnc.ir import AttentionSpec, Bias, Fill, Gain, Scale, Softcap, Softmax, Step
+from attnc.ir import AttentionSpec, Bias, Fill, Gain, Pointwise, Scale, Softcap, Softmax, Step
 from attnc.masks import Full
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def _step(b: Builder, step: Step, s: ir.Value, named: Mapping[str, ir.Value], wo
         return b.op("Add" if step.sign > 0 else "Sub", s, b.cast(named[step.operand], work), dtype=work)
     if isinstance(step, Gain):
         return b.op("Mul", s, b.cast(named[step.operand], work), dtype=work)
+    if isinstance(step, Pointwise):
+        return pointwise.written(b, step.term, s, named, work)
     raise CodegenError(f"ONNX export: no operators are known for the score step {step}")
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from attnc.ir import AttentionSpec, Bias, Gain, Scale, Softcap
+from attnc.ir import AttentionSpec, Bias, Pointwise, Scale, Softcap, Step
 from attnc.masks import And, Band, Full, Mask, both, may_hide_a_whole_row
 
 Size = int | str
@@ -121,7 +121,7 @@ class Call:
         return may_hide_a_whole_row(self.spec.mask, sq, sk)
 
 
-def _fold(out: Folded, step: Scale | Softcap | Bias | Gain, last: dict[str, Size]) -> Folded | str:
+def _fold(out: Folded, step: Step, last: dict[str, Size]) -> Folded | str:
     if isinstance(step, Scale):
         if out.softcap:
             return "the scores are scaled after the softcap"
@@ -129,6 +129,8 @@ def _fold(out: Folded, step: Scale | Softcap | Bias | Gain, last: dict[str, Size
         return Folded(out.scale * step.factor, out.softcap, out.gains, biases)
     if isinstance(step, Bias):
         return Folded(out.scale, out.softcap, out.gains, (*out.biases, (step.operand, float(step.sign))))
+    if isinstance(step, Pointwise):
+        return f"there is no score step {step}"
     if out.biases or out.softcap:
         return f"{step} comes after a bias or a softcap"
     if isinstance(step, Softcap):

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 
 from attnc.codegen.triton.inputs import Input, find
-from attnc.ir import AttentionSpec, Fill, Gain, Scale, Softcap, Step
+from attnc.errors import UnsupportedError
+from attnc.ir import AttentionSpec, Fill, Gain, Pointwise, Scale, Softcap, Step
 
 LOG2E = math.log2(math.e)
 FP32_MIN = torch.finfo(torch.float32).min
@@ -37,6 +38,8 @@ def kernel_steps(steps: Sequence[Step], inputs: tuple[Input, ...]) -> list[str]:
             factor = step.cap
         elif isinstance(step, Gain):
             lines.append(f"s = s * {find(inputs, step.operand, 'bhqk').name}")
+        elif isinstance(step, Pointwise):
+            raise UnsupportedError(f"triton: no kernel text for {step}")
         else:
             unit = LOG2E if at > last_cap else 1.0
             scaled = times("s", factor if in_base2 else factor * unit)
@@ -68,6 +71,8 @@ def reference_steps(steps: Sequence[Step], inputs: tuple[Input, ...]) -> list[st
             lines.append(f"s = {step.cap!r} * torch.tanh(s / {step.cap!r})")
         elif isinstance(step, Gain):
             lines.append(f"s = s * {find(inputs, step.operand, 'bhqk').tensor}.to(work)")
+        elif isinstance(step, Pointwise):
+            raise UnsupportedError(f"triton: no reference text for {step}")
         else:
             sign = "-" if step.sign < 0 else "+"
             lines.append(f"s = s {sign} {find(inputs, step.operand, 'bhqk').tensor}.to(work)")

@@ -41,11 +41,6 @@ class Draft:
         """Give up on the site."""
         raise Refusal(Miss(code, self.skeleton.scores.node.name, why))
 
-    def refuse_shift(self, why: str) -> None:
-        """Give up if a constant was added to all scores, which a softmax alone does not see."""
-        if self.shift != 0.0:
-            self.refuse("shift-matters", why)
-
     def grid(self) -> tuple[Atoms, Atoms, Atoms, Atoms]:
         """Return the atoms of the score axes b, h, q, k."""
         r = self.roles

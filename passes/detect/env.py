@@ -16,6 +16,7 @@ from attnc.passes.detect.contraction import Contraction, contraction
 from attnc.passes.detect.graph import base_name, inputs, op_name, tensor_of
 from attnc.passes.detect.pull import OverBudgetError, Puller
 from attnc.passes.detect.views import At, broadcast
+from attnc.pointwise import Call
 
 _BARRIER_NAMES = """
 linear addmm matmul mm bmm baddbmm einsum _softmax softmax _safe_softmax _log_softmax log_softmax
@@ -41,10 +42,17 @@ class RawBias:
 
 @dataclass(frozen=True, slots=True)
 class RawGain:
-    """The score is multiplied (or divided) by the value at ``at``."""
+    """The score is multiplied by the value at ``at``."""
 
     at: At
-    inverse: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RawPointwise:
+    """The score becomes ``term``, an expression of ``s`` and of the values at ``sides``, named t0, t1, .."""
+
+    term: Call | str | float
+    sides: tuple[At, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +77,7 @@ class RawShift:
     value: float
 
 
-RawMod = Scale | Softcap | RawBias | RawGain | RawMask | RawShift
+RawMod = Scale | Softcap | RawBias | RawGain | RawPointwise | RawMask | RawShift
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +108,8 @@ class Env:
         self._pure: dict[str, bool] = {}
         self._weight: dict[str, bool] = {}
         self._nodes: dict[str, fx.Node] = {}
+        self._positions: dict[str, int] = {}
+        self._sources: dict[str, frozenset[str]] = {}
 
     def node(self, name: str, graph: fx.Graph) -> fx.Node:
         """Return the node of the working graph with this name."""
@@ -193,6 +203,30 @@ class Env:
                     stack += todo
                 else:
                     memo[n.name] = any(memo[x.name] for x in sources)
+        return memo[node.name]
+
+    def position(self, node: fx.Node) -> int:
+        """Return the place of the node in its graph."""
+        if node.name not in self._positions:
+            self._positions = {n.name: i for i, n in enumerate(node.graph.nodes)}
+        return self._positions[node.name]
+
+    def sources(self, node: fx.Node) -> frozenset[str]:
+        """Return the names of the scores contractions that a carrying node's value comes from."""
+        memo, stack = self._sources, [node]
+        while stack:
+            n = stack[-1]
+            if n.name in memo:
+                stack.pop()
+            elif self.scores_of(n) is not None:
+                memo[n.name] = frozenset({n.name})
+            else:
+                above = [x for x in n.all_input_nodes if self.carries(x)] if self.carries(n) else []
+                todo = [x for x in above if x.name not in memo]
+                if todo:
+                    stack += todo
+                else:
+                    memo[n.name] = frozenset().union(*(memo[x.name] for x in above))
         return memo[node.name]
 
     def sides(self, node: fx.Node) -> tuple[object, object] | None:

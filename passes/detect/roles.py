@@ -17,7 +17,7 @@ from torch import fx
 from attnc import expr as E
 from attnc.expr import Expr
 from attnc.ir import Miss
-from attnc.passes.detect.env import Env, RawBias, RawGain, RawMask, RawMod, step_into
+from attnc.passes.detect.env import Env, RawBias, RawGain, RawMask, RawMod, RawPointwise, step_into
 from attnc.passes.detect.graph import base_name
 from attnc.passes.detect.layout import digits
 from attnc.passes.detect.sites import Skeleton
@@ -115,6 +115,8 @@ def _refined_mod(m: RawMod, by: dict[Expr, Expr]) -> RawMod:
         return replace(m, at=refine(m.at, by))
     if isinstance(m, RawGain):
         return replace(m, at=refine(m.at, by))
+    if isinstance(m, RawPointwise):
+        return replace(m, sides=tuple(refine(x, by) for x in m.sides))
     if isinstance(m, RawMask):
         return replace(m, keep=E.substitute(m.keep, by), at=refine(m.at, by) if m.at else None)
     return m
@@ -171,6 +173,7 @@ def _cuts_beside(s: Skeleton) -> dict[Expr, Expr]:
     """
     shared = {*_atoms(s.k.index), *_atoms(s.v.index)} - set(_ordered(s.key)) - set(s.features)
     places = [m.at for m in s.mods if isinstance(m, RawBias | RawGain | RawMask)] + [s.sink]
+    places += [x for m in s.mods if isinstance(m, RawPointwise) for x in m.sides]
     index = tuple(x for at in places if at is not None for x in at.index)
     return {a: x for a, x in _cuts(index).items() if a in shared}
 

@@ -11,16 +11,18 @@ import torch
 from attnc import expr as E
 from attnc import masks as M
 from attnc.expr import Expr
-from attnc.ir import Bias, Fill, Gain, Miss, Scale, Softcap, Softmax
+from attnc.ir import Bias, Fill, Gain, Miss, Pointwise, Scale, Softcap, Softmax
 from attnc.passes.detect.arithmetic import rounded
 from attnc.passes.detect.draft import Draft, Refusal
-from attnc.passes.detect.env import Env, RawBias, RawGain, RawMask
+from attnc.passes.detect.env import Env, RawBias, RawGain, RawMask, RawPointwise
 from attnc.passes.detect.found import Computed
 from attnc.passes.detect.graph import tensor_of
 from attnc.passes.detect.layout import size_of, to_roles
 from attnc.passes.detect.masks.lift import Positions, lift
 from attnc.passes.detect.roles import Atoms
+from attnc.passes.detect.scores.additive import HIDES
 from attnc.passes.detect.views import At, stepped
+from attnc.pointwise import SCORE, Call, evaluate, rename, text
 
 HUGE = -1e30
 LARGEST = 2000
@@ -33,19 +35,15 @@ def write_steps(d: Draft, env: Env) -> None:
         if isinstance(mod, Scale):
             _add_scale(d, mod)
         elif isinstance(mod, Softcap):
-            if d.mask is not None:
-                d.refuse(
-                    "mask-inside-softcap", "the mask is applied before the soft cap, so it hides nothing"
-                )
-            d.refuse_shift("a constant is added to the scores before the soft cap")
+            _settle(d, "mask-inside-softcap", "the mask is applied before the soft cap, so it hides nothing")
             d.steps.append(mod)
         elif isinstance(mod, RawBias):
             _add_bias(d, mod.at, mod.sign)
         elif isinstance(mod, RawGain):
-            if d.mask is not None or mod.inverse:
-                d.refuse("gain", "a tensor divides the scores, or multiplies masked ones")
-            d.refuse_shift("a constant is added to the scores before they are multiplied by a tensor")
+            _settle(d, "gain", "a tensor multiplies masked scores")
             d.steps.append(Gain(_score_operand(d, mod.at)))
+        elif isinstance(mod, RawPointwise):
+            _add_pointwise(d, mod)
         elif isinstance(mod, RawMask):
             _add_mask(d, mod, env)
         else:
@@ -53,13 +51,80 @@ def write_steps(d: Draft, env: Env) -> None:
     if not math.isfinite(d.shift):
         d.refuse("shift-not-finite", f"{d.shift} is added to all scores")
     if d.skeleton.sink is not None or d.skeleton.anchor.norm.sink is not None:
-        d.refuse_shift("a constant is added to the scores but not to the sink")
+        _settle_shift(d)
+
+
+def _settle(d: Draft, code: str, why: str) -> None:
+    """Write what is pending as steps: a step that is not linear follows, which sees shifts and fills."""
+    _settle_shift(d)
+    if d.mask is None:
+        return
+    mask, d.mask = d.mask, None
+    if mask.at is None:
+        d.refuse(code, why)
+    if mask.how == "add":
+        d.steps.append(Bias(_score_operand(d, mask.at), mask.sense))
+        return
+    arms = (SCORE, mask.value) if mask.sense > 0 else (mask.value, SCORE)
+    d.steps.append(Pointwise(text(Call("where", (_score_operand(d, mask.at), *arms)))))
+
+
+def _settle_shift(d: Draft) -> None:
+    """Add the pending constant as a step of its own; a mask's fill no longer counts from it."""
+    if d.shift == 0.0:
+        return
+    d.steps.append(Pointwise(text(Call("add", (SCORE, d.shift)))))
+    if d.mask is not None and d.mask.how == "replace" and math.isfinite(d.mask.value):
+        d.mask = replace(d.mask, value=d.mask.value + d.shift)
+    d.shift = 0.0
+
+
+def _add_pointwise(d: Draft, mod: RawPointwise) -> None:
+    """Append an expression; a mask before it moves behind it where hidden scores stay hidden."""
+    t = tensor_of(d.skeleton.scores.node)
+    assert t is not None, "scores are a tensor"
+    loose = _bounds_nothing(d, mod.term, t.dtype)
+    if loose and (d.mask is None or _rounds_away(d.mask, t.dtype)):
+        return
+    if not loose:
+        _settle_shift(d)
+    if d.mask is not None and not mod.sides and (d.mask.how == "replace" or math.isinf(d.mask.value)):
+        fill = torch.tensor(d.mask.value, dtype=torch.float64)
+        value = rounded(float(evaluate(mod.term, {SCORE: fill})), t.dtype)
+        if value <= HIDES:
+            at = d.mask.at if d.mask.how == "replace" else None
+            d.mask = replace(d.mask, value=value, how="replace", at=at)
+            d.steps += [] if loose else [Pointwise(text(mod.term))]
+            return
+    _settle(d, "mask-inside-pointwise", f"masked scores go through {text(mod.term)}, so they are not hidden")
+    by = {f"t{i}": _score_operand(d, at) for i, at in enumerate(mod.sides)}
+    d.steps.append(Pointwise(text(rename(mod.term, by))))
+
+
+def _bounds_nothing(d: Draft, term: Call | str | float, dtype: torch.dtype) -> bool:
+    """Say whether the step bounds scores from below by the least number of their type.
+
+    Every finite score passes. A tensor that was added before may hold -inf, which does not.
+    """
+    match term:
+        case Call("maximum", ("s", float(low))):
+            biased = any(isinstance(step, Bias) for step in d.steps)
+            return low <= torch.finfo(dtype).min and not biased and d.shift == 0.0
+    return False
+
+
+def _rounds_away(mask: RawMask, dtype: torch.dtype) -> bool:
+    """Say whether a score plus the finite fill is the fill itself, so that a bound below changes nothing.
+
+    In fp16 the sum with the least number is -inf or a third number.
+    """
+    return mask.how == "add" and math.isfinite(mask.value) and mask.value <= HUGE and dtype != torch.float16
 
 
 def _add_scale(d: Draft, mod: Scale) -> None:
+    if d.mask is not None and mod.factor <= 0:
+        _settle(d, "mask-times-negative", "masked scores are multiplied by a negative number")
     if d.mask is not None:
-        if mod.factor <= 0:
-            d.refuse("mask-times-negative", "masked scores are multiplied by a negative number")
         t = tensor_of(d.skeleton.scores.node)
         assert t is not None, "scores are a tensor"
         at = d.mask.at if math.isinf(d.mask.value) else None

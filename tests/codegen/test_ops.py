@@ -8,7 +8,7 @@ import torch
 
 from attnc.codegen.ops import execute
 from attnc.errors import UnsupportedError
-from attnc.ir import AttentionSpec, Bias, Fill, Gain, Operand, Scale, Softcap, Softmax
+from attnc.ir import AttentionSpec, Bias, Fill, Gain, Operand, Pointwise, Scale, Softcap, Softmax
 from attnc.masks import CAUSAL, Band, Dense, Full, Mask, Padding, both
 
 B, H, HKV, SQ, SK, D, DV = 2, 4, 2, 5, 7, 8, 6
@@ -57,6 +57,10 @@ CASES = {
         mask=Dense("dense"),
         norm=Softmax(safe=True),
         captured=capture(gain=True, dense=True),
+    ),
+    "pointwise": make_spec(
+        scores=(Scale(0.3), Pointwise("where(dense,(s*sigmoid(bias)),(cos(s)+h))"), Pointwise("abs(s)")),
+        captured=capture(bias=True, dense=True),
     ),
     "sink": make_spec(mask=CAUSAL, norm=Softmax(sink="sink"), captured=capture(sink=True)),
     "sink-number": make_spec(norm=Softmax(sink=0.0)),

@@ -6,9 +6,16 @@ from collections.abc import Callable
 
 from attnc.ir import Miss
 from attnc.passes.detect.env import Env, Peeled
-from attnc.passes.detect.scores import additive, fill, scale, softcap, views
+from attnc.passes.detect.scores import additive, fill, pointwise, scale, softcap, views
 from attnc.passes.detect.views import At
 
 Peeler = Callable[[At, Env], Peeled | Miss | None]
 
-SCORE_PEELERS: tuple[Peeler, ...] = (views.peel, softcap.peel, scale.peel, additive.peel, fill.peel)
+SCORE_PEELERS: tuple[Peeler, ...] = (
+    views.peel,
+    softcap.peel,
+    scale.peel,
+    additive.peel,
+    fill.peel,
+    pointwise.peel,
+)

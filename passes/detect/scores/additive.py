@@ -14,6 +14,7 @@ from attnc import expr as E
 from attnc.ir import Miss
 from attnc.passes.detect.env import Env, Peeled, RawBias, RawMask, RawMod, RawShift, step_into
 from attnc.passes.detect.graph import argument, base_name, tensor_of
+from attnc.passes.detect.scores.walk import two_sides
 from attnc.passes.detect.views import At
 
 HIDES = -1e4
@@ -23,20 +24,17 @@ HIDES = -1e4
 def peel(at: At, env: Env) -> Peeled | Miss | None:
     """Read ``s + m``, ``m + s`` and ``s - m``."""
     name = base_name(at.node)
-    if name not in ("add", "sub"):
+    if name not in ("add", "sub") or argument(at.node, 2, "alpha", 1) != 1:
         return None
-    if argument(at.node, 2, "alpha", 1) != 1:
-        return Miss("scaled-addition", at.node.name, "an addition with alpha is not read yet")
-    pair = env.sides(at.node)
+    pair = two_sides(at, env)
     if pair is None:
-        return Miss(
-            "sum-of-scores", at.node.name, "two score tensors are added (relative position terms, say)"
-        )
+        return None
     scores, side = pair
     if name == "sub" and side is at.node.args[0]:
-        return Miss("negated-scores", at.node.name, "the scores are subtracted from a tensor")
-    if not isinstance(scores, fx.Node):
         return None
+    if isinstance(side, fx.Node) and tensor_of(side) is not None and env.carries(side):
+        bias = RawBias(step_into(at, side), -1 if name == "sub" else 1)
+        return Peeled((bias,), step_into(at, scores), "second-contraction")
     mods = additive(at, side, env, -1 if name == "sub" else 1)
     return mods if isinstance(mods, Miss) else Peeled(mods, step_into(at, scores), "additive")
 

@@ -20,7 +20,7 @@ def peel(at: At, env: Env) -> Peeled | Miss | None:
         cond, a, b = at.node.args
         ca, cb = (isinstance(x, fx.Node) and tensor_of(x) is not None and env.carries(x) for x in (a, b))
         if ca == cb:
-            return Miss("two-scores-chosen", at.node.name, "a where chooses between two score tensors")
+            return None
         scores, value, keeps = (a, b, True) if ca else (b, a, False)
     elif name == "masked_fill":
         scores, cond, value = at.node.args[:3]
@@ -28,11 +28,8 @@ def peel(at: At, env: Env) -> Peeled | Miss | None:
     else:
         return None
     fill, t = env.scalar(value), tensor_of(at.node)
-    if fill is None or t is None or not fill <= HIDES:
-        got = fill if fill is not None else "a tensor"
-        return Miss(
-            "fill-not-hiding", at.node.name, f"masked scores get {got}, expected <= {HIDES:g} or -inf"
-        )
+    if fill is None or t is None or not fill <= HIDES or not isinstance(cond, fx.Node) or env.carries(cond):
+        return None
     there = step_into(at, cond)
     derived = env.derive(there)
     condition = to_bool(derived) if derived is not None else E.load(there.node.name, there.index, "bool")

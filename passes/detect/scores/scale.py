@@ -9,6 +9,7 @@ from torch import fx
 from attnc.ir import Miss, Scale
 from attnc.passes.detect.env import Env, Peeled, RawGain, step_into
 from attnc.passes.detect.graph import base_name, tensor_of
+from attnc.passes.detect.scores.walk import two_sides
 from attnc.passes.detect.views import At
 
 
@@ -19,19 +20,20 @@ def peel(at: At, env: Env) -> Peeled | Miss | None:
         return Peeled((Scale(-1.0),), step_into(at, at.node.args[0]), "scale")
     if name not in ("mul", "div", "true_divide") or at.node.kwargs.get("rounding_mode"):
         return None
-    pair = env.sides(at.node)
+    pair = two_sides(at, env)
     if pair is None:
-        return Miss("scores-times-scores", at.node.name, "two score tensors are multiplied")
+        return None
     scores, side = pair
     factor = env.scalar(side)
-    if name != "mul" and side is at.node.args[0]:
-        return Miss("reciprocal-of-scores", at.node.name, "the scores are a divisor")
+    if name != "mul" and (side is at.node.args[0] or factor is None):
+        return None
     if factor is None and (not isinstance(side, fx.Node) or tensor_of(side) is None):
         return Miss(
             "symbolic-number", at.node.name, "the scores are multiplied by a number that depends on sizes"
         )
     if factor is None:
-        return Peeled((RawGain(step_into(at, side), name != "mul"),), step_into(at, scores), "gain")
+        kind = "gain" if not env.carries(side) else "second-contraction"  # type: ignore[arg-type]
+        return Peeled((RawGain(step_into(at, side)),), step_into(at, scores), kind)
     if name != "mul" and factor == 0:
         return Miss("division-by-zero", at.node.name, "the scores are divided by zero")
     if not math.isfinite(factor):

@@ -17,20 +17,21 @@ from attnc.passes.detect.views import At
 
 
 def peel(at: At, env: Env) -> Peeled | Miss | None:
-    """Strip one soft cap off ``at``, an element of a score tensor; a negative cap is a Miss."""
+    """Strip one soft cap off ``at``, an element of a score tensor; a negative one is a cap and a sign."""
     cap, tanh = _split_constant(at, env)
     if base_name(tanh.node) != "tanh":
         return None
-    if cap <= 0:
-        return Miss("softcap-sign", at.node.name, f"the tanh is multiplied by {cap:g}; a cap must be > 0")
+    if cap == 0:
+        return Miss("softcap-sign", at.node.name, "the tanh is multiplied by zero")
     inner, scores = _split_constant(step_into(tanh, tanh.node.args[0]), env)
-    scale = () if cap * inner == 1.0 else (Scale(cap * inner),)
+    scale = () if abs(cap) * inner == 1.0 else (Scale(abs(cap) * inner),)
+    sign = () if cap > 0 else (Scale(-1.0),)
     through = tuple(
         n
         for n in (tanh.node, tanh.node.args[0])
         if isinstance(n, fx.Node) and n is not scores.node and n is not at.node
     )
-    return Peeled((*scale, Softcap(cap)), scores, "softcap", through)
+    return Peeled((*scale, Softcap(abs(cap)), *sign), scores, "softcap", through)
 
 
 def _split_constant(at: At, env: Env) -> tuple[float, At]:

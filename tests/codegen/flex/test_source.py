@@ -181,5 +181,5 @@ def test_parts_without_a_text_are_named():
 
     with pytest.raises(UnsupportedError, match="found odd"):
         source(make_spec(mask=Odd()))
-    with pytest.raises(UnsupportedError, match="expected scale, softcap, bias or gain, found 7"):
+    with pytest.raises(UnsupportedError, match="expected scale, softcap, bias, gain or pointwise, found 7"):
         source(dataclasses.replace(make_spec(), scores=(7,)))

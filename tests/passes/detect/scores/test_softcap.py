@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnc.ir import Scale, Softcap
+from attnc.ir import Pointwise, Scale, Softcap
 from tests.corpus import CASES, make_inputs
 from tests.rewriting import only_spec, traced
 
@@ -51,16 +51,23 @@ def test_steps_mean_what_the_graph_computes(a, b, sign):
     torch.testing.assert_close(y, a * torch.tanh(b * x), rtol=1e-12, atol=1e-12)
 
 
+def test_a_negative_cap_is_a_cap_and_a_sign():
+    assert only_spec(trace(lambda w: -50.0 * torch.tanh(w / 50.0))).scores == (Softcap(50.0), Scale(-1.0))
+
+
 @pytest.mark.parametrize(
-    ("f", "code"),
+    ("f", "expr"),
     [
-        (lambda w: -50.0 * torch.tanh(w / 50.0), "softcap-sign"),
-        (lambda w: torch.sigmoid(w / 50.0) * 50.0, "score-step-unknown"),
-        (lambda w: torch.tanh(w / 50.0 + 1.0) * 50.0, "shift-matters"),
-        (lambda w: torch.atan(w / 50.0) * 50.0, "score-step-unknown"),
+        (lambda w: torch.sigmoid(w / 50.0) * 50.0, "sigmoid(s)"),
+        (lambda w: torch.tanh(w / 50.0 + 1.0) * 50.0, "(s+50.0)"),
+        (lambda w: torch.atan(w / 50.0) * 50.0, "atan(s)"),
     ],
 )
-def test_near_misses(f, code):
-    found, missed = trace(f).detect()
+def test_what_is_not_quite_a_cap_is_an_expression(f, expr):
+    assert Pointwise(expr) in only_spec(trace(f)).scores
+
+
+def test_a_cap_of_zero_is_refused():
+    found, missed = trace(lambda w: torch.tanh(w) * 0.0).detect()
     assert not found
-    assert missed[0][0].code == code
+    assert missed[0][0].code == "softcap-sign"
