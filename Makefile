@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 ARGS   ?=
+N      ?= 20000
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -16,7 +17,7 @@ export PYTHONHASHSEED ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check dev links golden bench fmt lint types wheel
+.PHONY: help demo test test-all fuzz check dev links golden bench fmt lint types wheel
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -29,6 +30,9 @@ test: $(STAMP)  ## the tests, without those marked slow or gpu
 
 test-all: $(STAMP)  ## all tests; those that need a GPU are skipped where there is none
 	$(BIN)/pytest $(ARGS)
+
+fuzz: $(STAMP)  ## N=20000 attention programs at random, rewritten and compared; failures go to build/fuzz
+	$(BIN)/python -m tests.fuzz -n $(N) $(ARGS)
 
 check: lint types test  ## what a change must pass: lint, types, tests (import direction and packaging among them)
 

@@ -150,6 +150,7 @@ class Rewriter:
                 aten.clone.default, value, memory_format=torch.contiguous_format
             )  # for later views
         out.replace_all_uses_with(value, propagate_meta=False)
+        self.nodes[out.name] = value  # the operand of another site, perhaps
         for user in self._size_readers(found):
             self._read_size_elsewhere(user)
         erase(self.graph, [out], shared=self.shared)

@@ -277,3 +277,16 @@ def test_leaves_are_what_operands_are_made_from():
     inputs = [n.name for n in t.graph.nodes if n.op == "placeholder"]
     assert leaves(captured) == [inputs[3]]
     assert [leaves(found[0].operands[n]) for n in "qkv"] == [[n] for n in inputs[:3]]
+
+
+def test_an_attention_whose_query_is_another_attention():
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled(scaled(q, k).softmax(-1) @ k, k).softmax(-1) @ v
+
+    t = traced(attention, SELF)
+    editor, found = editor_of(t)
+    for site in found:
+        editor.apply(site)
+    t.graph.owning_module.recompile()
+    assert len(attend_nodes(t.graph)) == 2
+    assert_same(t, attention, SELF)
