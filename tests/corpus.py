@@ -630,7 +630,7 @@ def all_true_mask(q, k, v):
     return (w + hidden[None, None]).softmax(-1) @ v
 
 
-@spelling("qs ks vs", mask="dense")
+@spelling("qs ks vs", mask="chunk(3)")
 def chunks_of_positions(q, k, v):
     w = scaled(q, k)
     i, j = positions(w)
@@ -734,7 +734,7 @@ def causal_added_and_padding_added(q, k, v, valid):
     return (w + added_where(valid == 0, least, w)[:, None, None]).softmax(-1) @ v
 
 
-@spelling("qs ks vs documents", mask="dense")
+@spelling("qs ks vs documents", mask="document")
 def same_document(q, k, v, ids):
     w = scaled(q, k)
     return w.masked_fill(ids[:, None, :, None] != ids[:, None, None, :], NEG).softmax(-1) @ v

@@ -276,7 +276,7 @@ def _pieces(anchor: Anchor, reached: Reached, env: Env) -> Pieces | Miss:
 
     With the parts side by side that is one contraction with the values one behind the other.
     """
-    why = f"the weights are contracted {len(reached)} times"
+    why = f"the weights are contracted {len(reached)} times, and not each key once with the results summed"
     several = Miss("several-value-contractions", anchor.weights.name, why)
     added = _sum_of([c.node for c, _ in reached])
     if added is None or anchor.denominator is not None:

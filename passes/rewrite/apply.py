@@ -154,7 +154,7 @@ class Rewriter:
         for user in self._size_readers(found):
             self._read_size_elsewhere(user)
         erase(self.graph, [out], shared=self.shared)
-        self._assert_gone(found)
+        self._assert_gone(found, out)
         return value.name
 
     def _size_readers(self, found: Found) -> list[fx.Node]:
@@ -207,15 +207,13 @@ class Rewriter:
         assert beside is not None, "the keys have all their parts"
         return dim(self._made(beside, device).meta["val"].shape[r.beside.axis])
 
-    def _assert_gone(self, found: Found) -> None:
+    def _assert_gone(self, found: Found, out: fx.Node) -> None:
         """Raise if what the site replaces is still computed; weights that others read stay by design."""
-        last = found.match.output if found.match.escapes else found.anchor
-        anchor = self.nodes.get(self.moments.get(last, ""))
-        if anchor is not None and not anchor._erased:
-            users = [u.name for u in anchor.users]
-            raise RewriteError(
-                f"{found.match.site.id}: expected {anchor.name} to be gone, found users {users}"
-            )
+        anchor = self.nodes.get(self.moments.get(found.anchor, ""))
+        old = out if found.match.escapes or found.anchor == found.match.output else anchor
+        if old is not None and not old._erased:
+            users = [u.name for u in old.users]
+            raise RewriteError(f"{found.match.site.id}: expected {old.name} to be gone, found users {users}")
 
 
 def _is_row_major(t: torch.Tensor) -> bool:

@@ -92,8 +92,8 @@ def test_what_does_not_add_up_is_refused():
     }
     assert {n: len(found) for n, (found, _) in refused.items()} == dict.fromkeys(refused, 0)
     assert {n: missed[0][0].code for n, (_, missed) in refused.items()} == {
-        "gap": "columns-dropped",
-        "twice": "columns-dropped",
+        "gap": "several-value-contractions",
+        "twice": "several-value-contractions",
         "difference": "several-value-contractions",
         "two_queries": "pieces-differ",
         "two_scales": "pieces-differ",

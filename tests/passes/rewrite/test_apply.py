@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from attnc.ir import Scale
 from attnc.passes.detect import Found, detect
-from attnc.passes.rewrite.apply import Rewriter, leaves, parsed
+from attnc.passes.rewrite.apply import Rewriter, parsed
 from tests.corpus import CASES, DISTINCT, make_inputs, scaled
 from tests.rewriting import Forward, Traced, exported, rounding, traced
 
@@ -275,8 +275,8 @@ def test_leaves_are_what_operands_are_made_from():
     found, _ = t.detect()
     (captured,) = found[0].captured.values()
     inputs = [n.name for n in t.graph.nodes if n.op == "placeholder"]
-    assert leaves(captured) == [inputs[3]]
-    assert [leaves(found[0].operands[n]) for n in "qkv"] == [[n] for n in inputs[:3]]
+    assert captured.reads == (inputs[3],)
+    assert [found[0].operands[n].reads for n in "qkv"] == [(n,) for n in inputs[:3]]
 
 
 def test_an_attention_whose_query_is_another_attention():
