@@ -38,7 +38,7 @@ class Spelling:
     seed: int = 0
     sizes: str = axis("square distinct equal short decode one_key lone", "4 8 3 2 1 1 1")
     group: str = axis("1 2 3", "5 2 1")
-    trace: str = axis("static symbolic exported exported_symbolic", "980 10 8 2")
+    trace: str = axis("static symbolic exported exported_symbolic", "989 6 4 1")
     reads: str = axis("shapes numbers", "2 1")
     heads: str = axis("whole flat grouped loop_heads loop_pairs chunks", "10 4 3 1 0.5 1")
     orientation: str = axis("queries_first keys_first", "5 1")

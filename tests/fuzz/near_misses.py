@@ -38,6 +38,7 @@ NORMALIZED_4 = FOUR_AXES | {"norm": "softmax", "extra": "none"}
 LATE = ANY_HEADS | {"norm": "late", "extra": "none"}
 UNMASKED = {"mask": "none"}
 ROOMY = {"sizes": "square|equal|distinct|short"}
+VARYING = FOUR_AXES | {"sizes": "square|distinct|short", "mask": "causal", "made": "compare"}
 
 NEAR_MISSES: dict[str, NearMiss] = {
     "none": NearMiss(),
@@ -192,7 +193,7 @@ NEAR_MISSES: dict[str, NearMiss] = {
     ),
     "sees_in_reverse": miss({"mask": "causal"}, mask="keep = keep.flip(-2)"),
     "causal_at_traced_size": miss(
-        {"mask": "causal", "trace": "symbolic|exported_symbolic"},
+        VARYING | {"trace": "symbolic|exported_symbolic"},
         mask="keep = (torch.arange(t)[None] <= torch.arange(s)[:, None] + (s - {s}))[None, None]",
     ),
     "causal_by_ratio": miss(
