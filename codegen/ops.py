@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from attnc.errors import UnsupportedError
-from attnc.ir import AttentionSpec, Bias, Gain, Pointwise, Scale, Softcap, Step
+from attnc.ir import AttentionSpec, Bias, Gain, Pointwise, Scale, Softcap, Softmax, Step
 from attnc.masks import Full, Grid
 from attnc.pointwise import SCORE
 from attnc.printer import parse
@@ -148,12 +148,15 @@ def _gradients(
         else dout.to(work)
     )
     dw = (_stack(dy, k) @ v.to(work).transpose(-2, -1)).view_as(weights)
-    row = -(dw * weights).sum(-1) if dlse is None else dlse.to(work) - (dw * weights).sum(-1)
     sums = {name: torch.zeros_like(t, dtype=work) for name, t in named.items()}
-    if isinstance(spec.norm.sink, str):
-        sink = named[spec.norm.sink].to(work).view(1, -1, 1)
-        sums[spec.norm.sink] += (torch.exp(sink - lse) * row).sum((0, 2))
-    ds = weights * (dw + row[..., None])
+    if isinstance(spec.norm, Softmax):
+        row = -(dw * weights).sum(-1) if dlse is None else dlse.to(work) - (dw * weights).sum(-1)
+        if isinstance(spec.norm.sink, str):
+            sink = named[spec.norm.sink].to(work).view(1, -1, 1)
+            sums[spec.norm.sink] += (torch.exp(sink - lse) * row).sum((0, 2))
+        ds = weights * (dw + row[..., None])
+    else:
+        ds = spec.norm.pull_back(states[-1], dw, None if dlse is None else dlse.to(work))
     if keep is not None and spec.fill.how == "replace":
         ds = ds.masked_fill(~keep, 0.0)
     for step, before in zip(reversed(spec.scores), reversed(states[:-2]), strict=True):

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from attnc.masks import FULL, Full, Grid, Mask
-from attnc.norms import SOFTMAX, Normalizer, Softmax
+from attnc.norms import SOFTMAX, Elementwise, Normalizer, SignedSoftmax, Softmax
 from attnc.steps import HIDE, Bias, Fill, Gain, Pointwise, Scale, ScoreMod, Softcap, Step
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Bias",
     "Contract",
     "Dim",
+    "Elementwise",
     "Fill",
     "Gain",
     "Kernel",
@@ -34,6 +35,7 @@ __all__ = [
     "Pointwise",
     "Scale",
     "ScoreMod",
+    "SignedSoftmax",
     "Site",
     "Softcap",
     "Softmax",

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+
+from attnc import pointwise as P
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,87 @@ class Softmax:
         return f"softmax({','.join(words)})" if words else "softmax"
 
 
-Normalizer = Softmax
+@dataclass(frozen=True, slots=True)
+class SignedSoftmax:
+    """Normalize magnitudes over the keys and keep signs, ``sign(s) * softmax(|s|)``.
+
+    A score of -inf is hidden: its weight is zero and it adds nothing to the sum.
+    Source: Cog Attention (arXiv:2411.07176), section 3.
+    """
+
+    sink: ClassVar[None] = None
+    safe: ClassVar[bool] = False
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def apply(
+        self, scores: torch.Tensor, captured: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weights ``[B, H, Sq, Sk]`` and the log-sum-exp of the magnitudes ``[B, H, Sq]``."""
+        size = self._magnitudes(scores)
+        return scores.sign() * torch.softmax(size, -1), torch.logsumexp(size, -1)
+
+    def pull_back(
+        self, scores: torch.Tensor, grad: torch.Tensor, lse_grad: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the gradient of the scores from those of the weights and of the log-sum-exp."""
+        sign, p = scores.sign(), torch.softmax(self._magnitudes(scores), -1)
+        inner = sign * grad
+        row = -(p * inner).sum(-1) if lse_grad is None else lse_grad - (p * inner).sum(-1)
+        return sign * p * (inner + row[..., None])
+
+    @staticmethod
+    def _magnitudes(scores: torch.Tensor) -> torch.Tensor:
+        return scores.abs().masked_fill(scores == -math.inf, -math.inf)
+
+    def __str__(self) -> str:
+        return "signed-softmax"
+
+
+@dataclass(frozen=True, slots=True)
+class Elementwise:
+    """Weigh every value by a function of its own score; nothing is normalized.
+
+    ``expr`` is an expression of ``s`` (see ``attnc.pointwise``): ``sigmoid(s)``, ``(square(relu(s))/128.0)``.
+    Source: Sigmoid self-attention (arXiv:2409.04431), section 3; Replacing softmax with ReLU
+    (arXiv:2309.08586).
+    """
+
+    expr: str
+    sink: ClassVar[None] = None
+    safe: ClassVar[bool] = False
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    @property
+    def hides(self) -> bool:
+        """Whether a score of -inf gets a weight of zero."""
+        least = torch.tensor(-math.inf, dtype=torch.float64)
+        return float(P.evaluate(P.parse_term(self.expr), {P.SCORE: least})) == 0.0
+
+    def apply(
+        self, scores: torch.Tensor, captured: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weights ``[B, H, Sq, Sk]`` and zeros ``[B, H, Sq]``: no row is divided by its sum."""
+        weights = P.evaluate(P.parse_term(self.expr), {P.SCORE: scores})
+        return weights, scores.new_zeros(scores.shape[:-1])
+
+    def pull_back(
+        self, scores: torch.Tensor, grad: torch.Tensor, lse_grad: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the gradient of the scores from that of the weights."""
+        return P.pull_back(P.parse_term(self.expr), {P.SCORE: scores}, grad)[P.SCORE]
+
+    def __str__(self) -> str:
+        return f"elementwise({self.expr})"
+
+
+Normalizer = Softmax | SignedSoftmax | Elementwise
 SOFTMAX = Softmax()
 """Plain softmax."""

@@ -16,7 +16,21 @@ import torch
 
 from attnc.formula_text import named
 from attnc.formula_text import parse as parse_formula
-from attnc.ir import AttentionSpec, Bias, Fill, Gain, Operand, Pointwise, Scale, Softcap, Softmax, Step
+from attnc.ir import (
+    AttentionSpec,
+    Bias,
+    Elementwise,
+    Fill,
+    Gain,
+    Normalizer,
+    Operand,
+    Pointwise,
+    Scale,
+    SignedSoftmax,
+    Softcap,
+    Softmax,
+    Step,
+)
 from attnc.masks import And, Band, Dense, Formula, Full, Mask, Not, Or, Padding, Range
 from attnc.pointwise import parse_term
 
@@ -101,9 +115,15 @@ def _fill(word: str) -> Fill:
     return Fill(float(value), "add" if how == "add" else "replace")
 
 
-def _norm(word: str) -> Softmax:
+def _norm(word: str) -> Normalizer:
     if word == "softmax":
         return Softmax()
+    if word == "signed-softmax":
+        return SignedSoftmax()
+    if word.startswith("elementwise("):
+        expr = ",".join(_args(word, "elementwise"))
+        parse_term(expr)
+        return Elementwise(expr)
     sink: str | float | None = None
     words = _args(word, "softmax")
     for w in words:

@@ -9,7 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnc.ir import AttentionSpec, Bias, Fill, Gain, Operand, Pointwise, Scale, Softcap, Softmax
+from attnc.ir import (
+    AttentionSpec,
+    Bias,
+    Elementwise,
+    Fill,
+    Gain,
+    Operand,
+    Pointwise,
+    Scale,
+    SignedSoftmax,
+    Softcap,
+    Softmax,
+)
 from attnc.masks import And, Band, Dense, Full, Mask, Not, Or, Padding, Range
 from attnc.pointwise import text
 from attnc.printer import parse, parse_mask
@@ -61,7 +73,11 @@ specs = st.builds(
     st.lists(steps, max_size=4).map(tuple),
     masks,
     st.just(Fill()),
-    st.builds(Softmax, sinks, st.booleans(), st.booleans()),
+    st.one_of(
+        st.builds(Softmax, sinks, st.booleans(), st.booleans()),
+        st.just(SignedSoftmax()),
+        expressions.map(lambda t: Elementwise(text(t))),
+    ),
     st.lists(operands("c0", "bhqk"), max_size=2).map(tuple),
     st.sampled_from([0.0, 0.1]),
 )

@@ -12,7 +12,7 @@ from attnc.codegen.flex.runtime import DTYPES
 from attnc.codegen.flex.source import source
 from attnc.editing import Builder
 from attnc.errors import UnsupportedError
-from attnc.ir import AttentionSpec, Miss, Pointwise
+from attnc.ir import AttentionSpec, Miss, Pointwise, Softmax
 from attnc.masks import integers
 
 
@@ -30,6 +30,8 @@ def can_run(spec: AttentionSpec, device: str) -> Miss | None:
 
 def _lacks(spec: AttentionSpec, device: str) -> Miss | None:
     """Say what of the spec flex does not have."""
+    if not isinstance(spec.norm, Softmax):
+        return Miss("flex-norm", "", f"FlexAttention weighs by a softmax, the model by {spec.norm}")
     if spec.dropout:
         return Miss("flex-dropout", "", "FlexAttention has no dropout")
     if spec.q.dtype not in DTYPES or len({spec.q.dtype, spec.k.dtype, spec.v.dtype}) != 1:

@@ -17,8 +17,22 @@ from attnc.codegen.onnx import pointwise
 from attnc.codegen.onnx.builder import Builder
 from attnc.codegen.onnx.masks import keep
 from attnc.errors import CodegenError
-from attnc.ir import AttentionSpec, Bias, Fill, Gain, Pointwise, Scale, Softcap, Softmax, Step
+from attnc.ir import (
+    AttentionSpec,
+    Bias,
+    Elementwise,
+    Fill,
+    Gain,
+    Normalizer,
+    Pointwise,
+    Scale,
+    SignedSoftmax,
+    Softcap,
+    Softmax,
+    Step,
+)
 from attnc.masks import Full
+from attnc.pointwise import parse_term
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -52,7 +66,11 @@ def decompose(
         s = _filled(b, spec.fill, s, keep(b, spec.mask, q, k, named), work)
     weights = _weights(b, spec.norm, s, named, work)
     out = b.cast(b.op("MatMul", weights, vw, dtype=work), spec.q.dtype)
-    return out, _log_sum_exp(b, spec.norm, s, named, work) if lse else None
+    if not lse:
+        return out, None
+    if not isinstance(spec.norm, Softmax):
+        raise CodegenError(f"ONNX export: no log-sum-exp is written for {spec.norm}")
+    return out, _log_sum_exp(b, spec.norm, s, named, work)
 
 
 def _repeated(b: Builder, x: ir.Value, heads: tuple[int, int]) -> ir.Value:
@@ -101,9 +119,16 @@ def _sink(b: Builder, norm: Softmax, named: Mapping[str, ir.Value], work: torch.
 
 
 def _weights(
-    b: Builder, norm: Softmax, s: ir.Value, named: Mapping[str, ir.Value], work: torch.dtype
+    b: Builder, norm: Normalizer, s: ir.Value, named: Mapping[str, ir.Value], work: torch.dtype
 ) -> ir.Value:
     """Write the normalizer; a sink is one more column of scores, whose weight is dropped."""
+    if isinstance(norm, Elementwise):
+        return pointwise.written(b, parse_term(norm.expr), s, named, work)
+    if isinstance(norm, SignedSoftmax):
+        hidden = b.op("Equal", s, b.const(-math.inf, work), dtype=torch.bool)
+        size = b.op("Where", hidden, b.const(-math.inf, work), b.op("Abs", s, dtype=work), dtype=work)
+        w = b.op("Softmax", size, axis=-1, dtype=work)
+        return b.op("Mul", b.op("Sign", s, dtype=work), w, dtype=work)
     if norm.sink is None:
         w = b.op("Softmax", s, axis=-1, dtype=work)
         return (

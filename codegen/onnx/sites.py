@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from attnc.ir import AttentionSpec, Bias, Pointwise, Scale, Softcap, Step
+from attnc.ir import AttentionSpec, Bias, Pointwise, Scale, Softcap, Softmax, Step
 from attnc.masks import And, Band, Full, Mask, both, may_hide_a_whole_row
 
 Size = int | str
@@ -84,6 +84,8 @@ class Call:
     def folded(self) -> Folded | str:
         """Fold the score steps, or say in words why they do not fold."""
         out, last = Folded(), {o.name: n for o, n in zip(self.spec.captured, self.last, strict=True)}
+        if not isinstance(self.spec.norm, Softmax):
+            return f"the weights are no softmax but {self.spec.norm}"
         for step in self.spec.scores:
             found = _fold(out, step, last)
             if isinstance(found, str):

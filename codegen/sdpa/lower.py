@@ -18,7 +18,7 @@ from torch import fx
 from attnc.editing import Builder
 from attnc.formula import fold
 from attnc.formula_nodes import Nodes
-from attnc.ir import AttentionSpec, Bias, Miss, Scale
+from attnc.ir import AttentionSpec, Bias, Miss, Scale, Softmax
 from attnc.masks import And, Band, Dense, Formula, Full, Mask, Not, Or, Padding, Range, may_hide_a_whole_row
 from attnc.sizes import dim
 
@@ -34,6 +34,8 @@ def can_run(spec: AttentionSpec) -> Miss | None:
         return Miss("sdpa-scores", "", f"SDPA has no {', '.join(sorted(kinds)).lower()}")
     if any(isinstance(s, Scale) for s in spec.scores[1:]):
         return Miss("sdpa-scale-after-bias", "", "SDPA scales before it adds, the model after")
+    if not isinstance(spec.norm, Softmax):
+        return Miss("sdpa-norm", "", f"SDPA weighs by a softmax, the model by {spec.norm}")
     if spec.norm.sink is not None:
         return Miss("sdpa-sink", "", "SDPA has no sink in its denominator")
     if spec.dropout:

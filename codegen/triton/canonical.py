@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from attnc.codegen.triton.inputs import Input, name_inputs
-from attnc.ir import AttentionSpec, Bias, Gain, Operand, Step
+from attnc.ir import AttentionSpec, Bias, Gain, Operand, Softmax, Step
 from attnc.masks import rename
 
 _SIZES = {"b": "b", "h": "h", "q": "sq", "k": "sk"}
@@ -21,7 +21,9 @@ def canonical(spec: AttentionSpec) -> AttentionSpec:
     """Return the spec of the same computation with our names and sizes; it is its own canonical form."""
     inputs = name_inputs(spec)
     names = {o.name: _name(at, o, inputs) for at, o in enumerate(spec.captured)}
-    sink = spec.norm.sink
+    norm = spec.norm
+    if isinstance(norm, Softmax) and isinstance(norm.sink, str):
+        norm = replace(norm, sink=names[norm.sink])
     q = replace(spec.q, name="q", shape=("b", "h", "sq", spec.q.shape[3]))
     k = replace(spec.k, name="k", shape=("b", "hkv", "sk", spec.k.shape[3]))
     v = replace(spec.v, name="v", shape=("b", "hkv", "sk", spec.v.shape[3]))
@@ -32,7 +34,7 @@ def canonical(spec: AttentionSpec) -> AttentionSpec:
         v=v,
         scores=tuple(_step(s, names) for s in spec.scores),
         mask=rename(spec.mask, names),
-        norm=replace(spec.norm, sink=names[sink] if isinstance(sink, str) else sink),
+        norm=norm,
         captured=tuple(_operand(o, names[o.name], inputs) for o in spec.captured),
     )
 

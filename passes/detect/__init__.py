@@ -55,8 +55,9 @@ def detect(
             else []
         )
     )
-    for miss in unnormalized(work, env, taken):
-        items.append((order[miss.node], miss, miss.node))
+    for item in unnormalized(work, env, taken):
+        anchor = item.node if isinstance(item, Miss) else item.anchor.weights.name
+        items.append((order[anchor], item, anchor))
     for call in fused_calls(work, env):
         anchor = call.node if isinstance(call, Miss) else call.anchor.weights.name
         items.append((order[anchor], call, anchor))

@@ -1,12 +1,21 @@
-"""Name what uses scores without a softmax: sigmoid, unnormalized and linear attention, chains of products."""
+"""Sites whose weights are not normalized, and names for what uses scores in another way."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 from torch import fx
 
+from attnc import expr as E
 from attnc.ir import Miss
-from attnc.passes.detect.env import Env
+from attnc.passes.detect.arithmetic import to_bool
+from attnc.passes.detect.contraction import Contraction
+from attnc.passes.detect.env import Env, RawBias, RawGain, RawMask, RawPointwise, step_into
 from attnc.passes.detect.graph import base_name, inputs
+from attnc.passes.detect.norms.elementwise import Weighing, weighing
+from attnc.passes.detect.sites import Pieces, Skeleton, skeleton
+from attnc.passes.detect.views import At
 
 _KNOWN = {
     "sigmoid": "sigmoid",
@@ -18,39 +27,81 @@ _KNOWN = {
 }
 
 
-def unnormalized(graph: fx.Graph, env: Env, taken: frozenset[str]) -> list[Miss]:
-    """Return a Miss for each contraction that consumes scores directly.
+def unnormalized(graph: fx.Graph, env: Env, taken: frozenset[str]) -> list[Skeleton | Miss]:
+    """Return a skeleton or a Miss for each contraction that consumes scores without a normalizer.
 
     ``taken`` are nodes of sites and other misses.
     """
-    out: list[Miss] = []
+    out: list[Skeleton | Miss] = []
     for node in graph.nodes:
         c = env.scores_of(node)
         if c is None or node.name in taken:
             continue
-        for operand in (c.lhs, c.rhs):
-            if not env.carries(operand):
-                continue
-            chain = _back_to_scores(operand, env)
-            if taken & {n.name for n in chain}:
-                continue
-            via = next((_KNOWN[base_name(n)] for n in chain if base_name(n) in _KNOWN), None)
-            if via is not None:
-                out.append(
-                    Miss(
-                        "not-softmax",
-                        node.name,
-                        f"scores are weighted by a {via} and no softmax: not rewritten",
-                    )
-                )
-            else:
-                why = (
-                    "a contraction of two computed tensors is contracted again with no normalizer between: "
-                    "linear attention or a chain of products"
-                )
-                out.append(Miss("linear-attention", node.name, why))
-            break
+        operand = next((x for x in (c.lhs, c.rhs) if env.carries(x)), None)
+        chain = [] if operand is None else _back_to_scores(operand, env)
+        if operand is not None and not taken & {n.name for n in chain}:
+            out.append(_read(c, operand, chain, env))
     return out
+
+
+def _read(c: Contraction, operand: fx.Node, chain: list[fx.Node], env: Env) -> Skeleton | Miss:
+    found = weighing(c, operand, env)
+    site = None if found is None else skeleton(found.anchor, env)
+    if found is not None and isinstance(site, Skeleton):
+        threshold = _threshold(site)
+        if threshold is None:
+            return _with_zeros(site, found, env)
+        why = (
+            f"the weights are scores less a threshold, {threshold.name}, that is found from all scores of "
+            "the row: sparsemax or entmax, which takes several passes"
+        )
+        return Miss("entmax", c.node.name, why)
+    if isinstance(site, Pieces):
+        why = "weights that are no softmax are contracted with several values"
+        return Miss("several-value-contractions", c.node.name, why)
+    if isinstance(site, Miss):
+        return replace(site, node=c.node.name)
+    via = next((_KNOWN[base_name(n)] for n in chain if base_name(n) in _KNOWN), None)
+    if via is None:
+        why = (
+            "a contraction of two computed tensors is contracted again with no normalizer between: linear "
+            "attention or a chain of products"
+        )
+        return Miss("linear-attention", c.node.name, why)
+    why = f"scores are weighted by a {via} and no softmax, and not by each score alone: not rewritten"
+    return Miss("not-softmax", c.node.name, why)
+
+
+def _with_zeros(s: Skeleton, found: Weighing, env: Env) -> Skeleton:
+    """Add the mask that zeroes weights as one that hides scores; the function gives those zero."""
+    if found.zeroed is None:
+        return s
+    node, condition, keeps = found.zeroed
+    there = step_into(At(node, s.weights), condition)
+    value = env.derive(there)
+    keep = to_bool(value) if value is not None else E.load(there.node.name, there.index, "bool")
+    s.mods.append(RawMask(keep if keeps else E.not_(keep), -math.inf, "replace", there, 1 if keeps else -1))
+    s.trail.append("zeroed-weights")
+    return s
+
+
+def _threshold(s: Skeleton) -> fx.Node | None:
+    """Return a tensor beside the scores that is computed from them, None if there is none."""
+    places = [m.at for m in s.mods if isinstance(m, RawBias | RawGain)]
+    places += [x for m in s.mods if isinstance(m, RawPointwise) for x in m.sides]
+    return next((x.node for x in places if _depends(x.node, s.scores.node)), None)
+
+
+def _depends(node: fx.Node, on: fx.Node) -> bool:
+    stack, seen = [node], {node}
+    while stack:
+        n = stack.pop()
+        if n is on:
+            return True
+        above = [x for x in n.all_input_nodes if x not in seen]
+        seen.update(above)
+        stack += above
+    return False
 
 
 def _back_to_scores(node: fx.Node, env: Env) -> list[fx.Node]:

@@ -25,12 +25,12 @@ from attnc.passes.detect.graph import (
     base_name,
     op_name,
     shape,
-    tensor_of,
     users,
 )
 from attnc.passes.detect.layout import digits
 from attnc.passes.detect.norms import NORM_FINDERS
-from attnc.passes.detect.norms.anchor import Anchor, source_of
+from attnc.passes.detect.norms.anchor import Anchor, divisor_of
+from attnc.passes.detect.reasons import why_no_scores
 from attnc.passes.detect.scores import SCORE_PEELERS, views
 from attnc.passes.detect.scores.additive import additive
 from attnc.passes.detect.solve import Reached, Solved, solve, value_contraction, value_contractions
@@ -90,13 +90,14 @@ def skeletons(graph: fx.Graph, env: Env) -> list[Skeleton | Pieces | Miss]:
     out: list[Skeleton | Pieces | Miss] = []
     for finder in NORM_FINDERS:
         for anchor in finder(graph):
-            found = _skeleton(anchor, env)
+            found = skeleton(anchor, env)
             if found is not None:
                 out.append(found)
     return out
 
 
-def _skeleton(anchor: Anchor, env: Env) -> Skeleton | Pieces | Miss | None:
+def skeleton(anchor: Anchor, env: Env) -> Skeleton | Pieces | Miss | None:
+    """Return the skeleton around one normalizer, or why there is none; None if it is no attention at all."""
     reached = value_contractions(anchor, env)
     if len(reached) > 1 and env.carries(anchor.scores):
         return _pieces(anchor, reached, env)
@@ -104,15 +105,11 @@ def _skeleton(anchor: Anchor, env: Env) -> Skeleton | Pieces | Miss | None:
     if not env.carries(anchor.scores):
         if isinstance(forward, Miss) or env.pure(forward[0].lhs) or env.pure(forward[0].rhs):
             return None
-        why = (
-            "the weights are contracted with values, but what is normalized is no elementwise function of "
-            "one contraction of two computed tensors"
-        )
-        return Miss("no-scores", anchor.weights.name, why)
+        return why_no_scores(anchor, env)
     if isinstance(forward, Miss):
         return forward
     values, path = forward
-    solved = solve(anchor, values, path)
+    solved = solve(anchor, values, path, env)
     if isinstance(solved, Miss):
         return solved
     return _score_side(anchor, env, solved)
@@ -245,14 +242,11 @@ def _late_division(anchor: Anchor, s: Skeleton) -> Skeleton | Miss:
         return s
     readers = users(s.values.node)
     div = readers[0] if len(readers) == 1 else s.values.node
-    if base_name(div) != "div" or div.kwargs.get("rounding_mode") or div.args[0] is not s.values.node:
-        why = "the unnormalized weights are contracted, and the result is not divided once"
+    divisor = divisor_of(div, s.values.node, s.out)
+    if divisor is None:
+        why = "the unnormalized weights are contracted, and the result is not divided once by a tensor"
         return Miss("late-division", s.values.node.name, why)
-    if not isinstance(div.args[1], fx.Node) or tensor_of(div.args[1]) is None:
-        return Miss(
-            "late-division", div.name, "the result is divided by a number, not by the sum of the weights"
-        )
-    row, through = source_of(step_into(At(div, s.out), div.args[1]))
+    row, through = divisor
     if row.node is not anchor.denominator:
         return Miss("late-division", div.name, "the divisor is not the sum of these weights")
     weights_index = [x for i, x in enumerate(s.weights) if i != anchor.dim]
@@ -285,7 +279,7 @@ def _pieces(anchor: Anchor, reached: Reached, env: Env) -> Pieces | Miss:
     for values, path in reached:
         if values.base is not None or values.alpha != 1.0 or values.lhs is values.rhs:
             return several
-        solved = solve(anchor, values, path, whole=False)
+        solved = solve(anchor, values, path, env, whole=False)
         if isinstance(solved, Miss):
             return solved
         read = digits(solved.key)

@@ -14,6 +14,7 @@ from attnc.passes.detect.env import Env
 from attnc.passes.detect.graph import argument, base_name, is_float_cast, op_name, shape, users
 from attnc.passes.detect.layout import digits
 from attnc.passes.detect.norms.anchor import Anchor
+from attnc.passes.detect.reasons import why_not_summed
 from attnc.passes.detect.views import At, Index, stepped
 
 _CARRIER_NAMES = """
@@ -85,7 +86,9 @@ class Solved:
     dropout_node: fx.Node | None = None
 
 
-def solve(anchor: Anchor, values: Contraction, path: list[fx.Node], whole: bool = True) -> Solved | Miss:
+def solve(
+    anchor: Anchor, values: Contraction, path: list[fx.Node], env: Env, whole: bool = True
+) -> Solved | Miss:
     """Name the axes: express the weights' index and the result's index in common atoms.
 
     Without ``whole`` the contraction may read a part of the weights that starts behind the first key.
@@ -114,12 +117,10 @@ def solve(anchor: Anchor, values: Contraction, path: list[fx.Node], whole: bool 
             )
     key = at.index[anchor.dim]
     read = digits(key)
-    if (
-        read is None
-        or (read[1] != ZERO and whole)
-        or set(read[0]) != {g for x in fresh.values() for g in [E.only_index(x)] if g is not None}
-    ):
-        return Miss("keys-not-summed", name, "the value contraction does not sum exactly the normalized axis")
+    summed = frozenset(g for x in fresh.values() if (g := E.only_index(x)) is not None)
+    if read is None or (read[1] != ZERO and whole) or set(read[0]) != summed:
+        why = "the value contraction does not sum exactly the normalized axis"
+        return why_not_summed(anchor, at.index, summed, env, Miss("keys-not-summed", name, why))
     return _name_axes(anchor, solved, at.index, key, out)
 
 

@@ -11,7 +11,7 @@ import torch
 from attnc import expr as E
 from attnc import masks as M
 from attnc.expr import Expr
-from attnc.ir import Bias, Fill, Gain, Miss, Pointwise, Scale, Softcap, Softmax
+from attnc.ir import Bias, Fill, Gain, Miss, Normalizer, Pointwise, Scale, SignedSoftmax, Softcap, Softmax
 from attnc.passes.detect.arithmetic import rounded
 from attnc.passes.detect.draft import Draft, Refusal
 from attnc.passes.detect.env import Env, RawBias, RawGain, RawMask, RawPointwise
@@ -50,7 +50,8 @@ def write_steps(d: Draft, env: Env) -> None:
             d.shift += mod.value
     if not math.isfinite(d.shift):
         d.refuse("shift-not-finite", f"{d.shift} is added to all scores")
-    if d.skeleton.sink is not None or d.skeleton.anchor.norm.sink is not None:
+    norm = d.skeleton.anchor.norm
+    if d.skeleton.sink is not None or norm.sink is not None or not isinstance(norm, Softmax):
         _settle_shift(d)
 
 
@@ -256,10 +257,14 @@ def _position(atoms: Atoms) -> Expr:
     return out
 
 
-def write_norm(d: Draft, env: Env) -> Softmax:
+def write_norm(d: Draft, env: Env) -> Normalizer:
     """Return the site's normalizer, with the sink logits as a captured tensor or a number."""
     norm = d.skeleton.anchor.norm
     at = d.skeleton.sink
+    if not isinstance(norm, Softmax):
+        if isinstance(norm, SignedSoftmax):
+            _drop_magnitude(d)
+        return norm
     if at is None:
         return norm
     value = env.derive(at)
@@ -277,3 +282,17 @@ def write_norm(d: Draft, env: Env) -> Softmax:
             )
         )
     return Softmax(d.capture("h", (d.roles.heads,), recipe, t.dtype, (True,)), norm.upcast, norm.safe)
+
+
+def _drop_magnitude(d: Draft) -> None:
+    """Take off the last step ``abs(s)``, which a signed softmax does itself; a positive factor may follow."""
+    last = d.steps.pop() if d.steps else None
+    scale = last if isinstance(last, Scale) and last.factor > 0 else None
+    if scale is not None:
+        last = d.steps.pop() if d.steps else None
+    if last != Pointwise("abs(s)") or (d.mask is not None and d.mask.value != -math.inf):
+        d.refuse(
+            "signed-softmax", "expected |scores|, hidden by -inf, between the scores and a signed softmax"
+        )
+    if scale is not None:
+        d.steps.append(scale)

@@ -8,7 +8,19 @@ import torch
 
 from attnc.codegen.ops import execute
 from attnc.errors import UnsupportedError
-from attnc.ir import AttentionSpec, Bias, Fill, Gain, Operand, Pointwise, Scale, Softcap, Softmax
+from attnc.ir import (
+    AttentionSpec,
+    Bias,
+    Elementwise,
+    Fill,
+    Gain,
+    Operand,
+    Pointwise,
+    Scale,
+    SignedSoftmax,
+    Softcap,
+    Softmax,
+)
 from attnc.masks import CAUSAL, Band, Dense, Full, Mask, Padding, both
 
 B, H, HKV, SQ, SK, D, DV = 2, 4, 2, 5, 7, 8, 6
@@ -62,6 +74,8 @@ CASES = {
         scores=(Scale(0.3), Pointwise("where(dense,(s*sigmoid(bias)),(cos(s)+h))"), Pointwise("abs(s)")),
         captured=capture(bias=True, dense=True),
     ),
+    "signed": make_spec(mask=CAUSAL, norm=SignedSoftmax()),
+    "elementwise": make_spec(mask=CAUSAL, norm=Elementwise("(square(relu(s))/7.0)")),
     "sink": make_spec(mask=CAUSAL, norm=Softmax(sink="sink"), captured=capture(sink=True)),
     "sink-number": make_spec(norm=Softmax(sink=0.0)),
 }
@@ -101,7 +115,9 @@ def test_attend_is_the_executed_spec(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_those_of_the_executed_spec(name: str) -> None:
-    spec = dataclasses.replace(CASES[name], norm=dataclasses.replace(CASES[name].norm, safe=False))
+    norm = CASES[name].norm
+    unsafe = dataclasses.replace(norm, safe=False) if isinstance(norm, Softmax) else norm
+    spec = dataclasses.replace(CASES[name], norm=unsafe)
     runs = []
     for run in (op, lambda s, q, k, v, c: s(q, k, v, tuple(c))):
         q, k, v, captured = draw(spec, grad=True)

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 from torch import fx
 
-from attnc.passes.detect.norms import exp_sum, softmax
+from attnc.passes.detect.norms import exp_sum, logsumexp, signed, softmax
 from attnc.passes.detect.norms.anchor import Anchor
 
 Finder = Callable[[fx.Graph], list[Anchor]]
 
-NORM_FINDERS: tuple[Finder, ...] = (softmax.find, exp_sum.find)
+NORM_FINDERS: tuple[Finder, ...] = (softmax.find, logsumexp.find, exp_sum.find, signed.find)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from attnc.expr import ONE, ZERO, index, indices
-from attnc.ir import Softmax
+from attnc.ir import Normalizer
 from attnc.passes.detect.env import step_into
 from attnc.passes.detect.graph import argument, base_name, is_float_cast, op_name, shape, tensor_of
 from attnc.passes.detect.views import At, Index, stepped
@@ -24,7 +24,7 @@ class Anchor:
     weights: fx.Node
     scores: fx.Node
     dim: int
-    norm: Softmax
+    norm: Normalizer
     inner: tuple[fx.Node, ...]
     denominator: fx.Node | None = None
 
@@ -74,3 +74,38 @@ def without_row_maximum(src: fx.Node, dim: int) -> tuple[fx.Node, tuple[fx.Node,
     if any(along & set(indices(x)) for x in found.index):
         return src, ()
     return s, (src, *passed, found.node)
+
+
+def divisor_of(node: fx.Node, numerator: fx.Node, index: Index) -> tuple[At, tuple[fx.Node, ...]] | None:
+    """Return where the divisor of ``numerator / x`` or ``numerator * (1 / x)`` is read, and the nodes passed.
+
+    ``index`` is that of the element of ``node``. None if ``node`` is no such division.
+    """
+    if node.kwargs.get("rounding_mode") or numerator not in node.args[:2]:
+        return None
+    a, b = node.args[:2]
+    if base_name(node) == "div" and a is numerator:
+        return _read(At(node, index), b)
+    if base_name(node) != "mul":
+        return None
+    factor = _read(At(node, index), b if a is numerator else a)
+    if factor is None:
+        return None
+    at, passed = factor
+    if base_name(at.node) == "mul" and at.node.args[1] == 1:  # what 1 / x is in Python
+        factor = _read(at, at.node.args[0])
+        assert factor is not None, "a product has a tensor"
+        at, passed = factor[0], (*passed, at.node, *factor[1])
+    if base_name(at.node) == "reciprocal":
+        below = _read(at, at.node.args[0])
+    elif base_name(at.node) == "div" and at.node.args[0] == 1 and not at.node.kwargs.get("rounding_mode"):
+        below = _read(at, at.node.args[1])
+    else:
+        return None
+    return None if below is None else (below[0], (*passed, at.node, *below[1]))
+
+
+def _read(at: At, x: object) -> tuple[At, tuple[fx.Node, ...]] | None:
+    if not isinstance(x, fx.Node) or tensor_of(x) is None:
+        return None
+    return source_of(step_into(at, x))

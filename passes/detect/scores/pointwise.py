@@ -35,7 +35,7 @@ def peel(at: At, env: Env) -> Peeled | Miss | None:
             "function of them"
         )
         return Miss("scores-combined", at.node.name, why)
-    made = _Expression(rest, env)
+    made = Expression(rest, env)
     term = made.of(at)
     if term is None:
         why = f"{op_name(at.node)} uses a number that depends on sizes"
@@ -45,7 +45,7 @@ def peel(at: At, env: Env) -> Peeled | Miss | None:
 
 
 @dataclass
-class _Expression:
+class Expression:
     """Build the expression of an element over the score at ``rest`` and side tensors ``t0``, ``t1``, .."""
 
     rest: At

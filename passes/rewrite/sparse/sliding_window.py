@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from attnc.errors import RewriteError
-from attnc.ir import AttentionSpec, Contract, Fill, Miss
+from attnc.ir import AttentionSpec, Contract, Elementwise, Fill, Miss, Softmax
 from attnc.masks import And, Band, Mask, Range, both, either
 
 
@@ -60,6 +60,8 @@ class SlidingWindow:
         if queries != keys:
             why = f"queries {queries} and keys {keys} are not the same positions"
             return Miss("window-needs-self-attention", "", why)
+        if isinstance(spec.norm, Elementwise) and not spec.norm.hides:
+            return Miss("window-norm", "", f"{spec.norm} gives hidden keys a weight")
         return None
 
     def mask(self, spec: AttentionSpec) -> Mask:
@@ -74,4 +76,5 @@ class SlidingWindow:
 
     def rewrite(self, spec: AttentionSpec) -> AttentionSpec:
         """Return the spec with the window; queries that see no key (padding) give zeros."""
-        return replace(spec, mask=self.mask(spec), fill=Fill(-math.inf), norm=replace(spec.norm, safe=True))
+        norm = replace(spec.norm, safe=True) if isinstance(spec.norm, Softmax) else spec.norm
+        return replace(spec, mask=self.mask(spec), fill=Fill(-math.inf), norm=norm)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnc.ir import Softmax
 from attnc.passes.detect.norms import softmax
 from attnc.passes.detect.norms.anchor import Anchor
 from tests.rewriting import traced
@@ -86,3 +89,39 @@ def column(x: Tensor) -> Tensor:
 )
 def test_what_is_no_maximum_of_the_row_stays(f):
     assert only(f).scores.target in (torch.ops.aten.sub.Tensor, torch.ops.aten.rsub.Scalar)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x, w: torch.where((x == -math.inf).all(-1, keepdim=True), torch.zeros_like(w), w),
+        lambda x, w: torch.where(~(x != -math.inf).any(-1, True), torch.full_like(w, 0), w),
+        lambda x, w: torch.where(
+            (x == -math.inf).logical_not().any(-1, keepdim=True).logical_not(), torch.zeros_like(w), w
+        ),
+        lambda x, w: torch.where((x != -math.inf).any(-1, True), w, torch.zeros_like(w)),
+        lambda x, w: torch.where(
+            (x == -math.inf).logical_not().any(-1, keepdim=True), w, torch.zeros_like(w)
+        ),
+    ],
+)
+def test_rows_that_see_nothing_are_zeroed(f):
+    """The tail of scaled_dot_product_attention when it is decomposed."""
+    found = softmax.find(traced(lambda x: f(x, x.softmax(-1)), (X,)).work)
+    assert [a.norm for a in found] == [Softmax(safe=True)]
+    assert found[0].weights.target is torch.ops.aten.where.self
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x, w: torch.where((x == -math.inf).any(-1, keepdim=True), torch.zeros_like(w), w),
+        lambda x, w: torch.where((x == -math.inf).all(-2, keepdim=True), torch.zeros_like(w), w),
+        lambda x, w: torch.where((x == -math.inf).all(-1, keepdim=True), w, torch.zeros_like(w)),
+        lambda x, w: torch.where((x == math.inf).all(-1, keepdim=True), torch.zeros_like(w), w),
+        lambda x, w: torch.where((x == -math.inf).all(-1, keepdim=True), torch.ones_like(w), w),
+    ],
+)
+def test_other_choices_after_the_softmax_are_not_its_tail(f):
+    found = softmax.find(traced(lambda x: f(x, x.softmax(-1)), (X,)).work)
+    assert [a.norm for a in found] == [Softmax()]

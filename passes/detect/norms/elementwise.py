@@ -1,0 +1,125 @@
+"""Anchors without a normalizer: the values are weighted by a function of each score alone.
+
+The weights are followed back from the value contraction to the first function that is not linear; it and what
+lies between it and the values (a division by the number of keys, a square) is the function, what lies below
+it are score steps. Source: Sigmoid self-attention (arXiv:2409.04431), section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from attnc import expr as E
+from attnc.ir import Elementwise
+from attnc.passes.detect.contraction import Contraction
+from attnc.passes.detect.env import Env, Peeled, step_into
+from attnc.passes.detect.graph import base_name, inputs, is_float_cast, shape
+from attnc.passes.detect.norms.anchor import Anchor, anywhere
+from attnc.passes.detect.scores import views
+from attnc.passes.detect.scores.elementwise import as_call
+from attnc.passes.detect.scores.pointwise import Expression
+from attnc.passes.detect.scores.walk import meeting
+from attnc.passes.detect.views import At, stepped
+from attnc.pointwise import SCORE, Call, rename, text
+
+
+@dataclass(frozen=True, slots=True)
+class Weighing:
+    """An anchor, and what zeroes its weights: where that is read, the condition, whether a true one keeps."""
+
+    anchor: Anchor
+    zeroed: tuple[fx.Node, fx.Node, bool] | None = None
+
+
+def weighing(values: Contraction, operand: fx.Node, env: Env) -> Weighing | None:
+    """Return the anchor if ``operand`` of a contraction is a function of single scores, None if it is not."""
+    place = _outermost(values, operand)
+    if place is None:
+        return None
+    node, dim = place
+    at = At(node, anywhere(node))
+    zeroed = _zeroed(at, env)
+    passed: list[fx.Node] = []
+    if zeroed is not None:
+        passed.append(node)
+        at = At(zeroed[0], at.index)
+    made = _function(at, env)
+    if made is None:
+        return None
+    term, scores, through = made
+    norm = Elementwise(text(term))
+    if zeroed is not None and not norm.hides:
+        return None
+    anchor = Anchor(node, scores, dim, norm, (*passed, *through))
+    return Weighing(anchor, None if zeroed is None else (node, zeroed[1], zeroed[2]))
+
+
+def _outermost(values: Contraction, operand: fx.Node) -> tuple[fx.Node, int] | None:
+    """Return the node of the weights behind views and casts, and the axis that the contraction sums."""
+    out = tuple(E.ZERO if n == E.ONE else E.index(f"o{i}", n) for i, n in enumerate(shape(values.node)))
+    lhs, rhs, fresh = values.operands(out, "t")
+    at = lhs if values.lhs is operand else rhs
+    while True:
+        step = stepped(at)
+        if step is not None:
+            at = step[0]
+        elif is_float_cast(at.node):
+            at = step_into(at, at.node.args[0])
+        else:
+            break
+    summed = {g for x in fresh.values() if (g := E.only_index(x)) is not None}
+    axes = [i for i, x in enumerate(at.index) if summed & set(E.indices(x))]
+    return (at.node, axes[0]) if len(axes) == 1 else None
+
+
+def _zeroed(at: At, env: Env) -> tuple[fx.Node, fx.Node, bool] | None:
+    """Return (weights, condition, whether a true one keeps) of ``where(cond, weights, 0)`` and its like."""
+    node = at.node
+    if base_name(node) == "where" and len(node.args) == 3:
+        cond, a, b = node.args
+        keeps = env.scalar(b) == 0.0
+        weights = a if keeps else b
+        if not keeps and env.scalar(a) != 0.0:
+            return None
+    elif base_name(node) == "masked_fill":
+        weights, cond, value = node.args[:3]
+        keeps = False
+        if env.scalar(value) != 0.0:
+            return None
+    else:
+        return None
+    ok = isinstance(weights, fx.Node) and isinstance(cond, fx.Node) and shape(weights) == shape(node)
+    return (weights, cond, keeps) if ok and not env.carries(cond) else None  # type: ignore[arg-type,return-value]
+
+
+def _function(at: At, env: Env) -> tuple[Call | str | float, fx.Node, list[fx.Node]] | None:
+    """Return the function of the score, the node of the score, and the nodes between."""
+    term: Call | str | float = SCORE
+    through: list[fx.Node] = []
+    bent = False
+    while env.scores_of(at.node) is None:
+        call = as_call(at.node)
+        if call is None:
+            step = views.peel(at, env)
+            if not isinstance(step, Peeled) or step.rest.index != at.index:
+                break
+            through.append(at.node)
+            at = step.rest
+            continue
+        straight = call.linear and sum(env.carries(x) for x in inputs(at.node)) == 1
+        down = meeting(at, env)
+        if (bent and straight) or down is None or down.index != at.index:
+            break
+        made = Expression(down, env)
+        inner = made.of(at)
+        if inner is None or made.sides:
+            if bent:
+                break
+            return None
+        term = rename(term, {SCORE: inner})
+        through += made.passed
+        bent = bent or not straight
+        at = down
+    return (term, at.node, through) if bent and env.carries(at.node) else None

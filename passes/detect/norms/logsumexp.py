@@ -1,0 +1,38 @@
+"""Anchors spelled ``exp(s - logsumexp(s))``, which is softmax over the axis of the log-sum-exp."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from attnc.expr import ZERO, indices
+from attnc.ir import Softmax
+from attnc.passes.detect.env import step_into
+from attnc.passes.detect.graph import argument, base_name, normal_dims, shape, tensor_of
+from attnc.passes.detect.norms.anchor import Anchor, anywhere, source_of
+from attnc.passes.detect.views import At
+
+
+def find(graph: fx.Graph) -> list[Anchor]:
+    """Return the anchors of ``graph`` in node order."""
+    return [a for node in graph.nodes if base_name(node) == "exp" if (a := _of_exp(node)) is not None]
+
+
+def _of_exp(exp: fx.Node) -> Anchor | None:
+    less = exp.args[0]
+    if not isinstance(less, fx.Node) or base_name(less) != "sub" or argument(less, 2, "alpha", 1) != 1:
+        return None
+    s, total = less.args[:2]
+    if not isinstance(s, fx.Node) or not isinstance(total, fx.Node) or tensor_of(total) is None:
+        return None
+    row = anywhere(less)
+    found, passed = source_of(step_into(At(less, row), total))
+    if base_name(found.node) != "logsumexp" or found.node.args[0] is not s or shape(s) != shape(less):
+        return None
+    dims = normal_dims(argument(found.node, 1, "dim"), len(row))
+    if len(dims) != 1 or not indices(row[dims[0]]):
+        return None
+    dim, kept = dims[0], bool(argument(found.node, 2, "keepdim", False))
+    wanted = (*row[:dim], *((ZERO,) if kept else ()), *row[dim + 1 :])
+    if found.index != wanted:
+        return None
+    return Anchor(exp, s, dim, Softmax(), (found.node, *passed, less, exp))
