@@ -24,6 +24,7 @@ from attnc import logs
 from attnc.capture_alias import bypass, hidden_writes
 from attnc.capture_dynamo import backend, make_backend
 from attnc.capture_links import link_moments, link_nodes
+from attnc.capture_sizes import Slides, free_shapes
 from attnc.capture_trial import describe, trial, unchanged
 from attnc.capture_types import Captured, Door
 from attnc.errors import CaptureError
@@ -53,8 +54,9 @@ def capture_export(
 ) -> Captured:
     """Capture ``model`` ahead of time with these example inputs; neither it nor the random state is changed.
 
-    ``dynamic_shapes``: "auto" lets every size of every tensor input vary that can, and falls back to fixed
-    sizes with a warning; None fixes all sizes; anything else goes to ``torch.export`` as it is.
+    ``dynamic_shapes``: "auto" lets every size of every tensor input vary that can, except the height and the
+    width of images, and falls back to fixed sizes; both with a warning. None fixes all sizes; anything else
+    goes to ``torch.export`` as it is.
 
     Raises:
         CaptureError: the forward fails on these inputs (with the model's own error and where it arose), or it
@@ -62,11 +64,12 @@ def capture_export(
     """
     _check_inputs(model, args, kwargs)
     kwargs = dict(kwargs or {})
-    trial(model, args, kwargs)
+    with Slides() as slides:
+        trial(model, args, kwargs)
     _register_caches(model)
     notes: list[str] = []
     start = time.perf_counter()
-    exported = _export(model, args, kwargs, dynamic_shapes, notes)
+    exported = _export(model, args, kwargs, dynamic_shapes, slides, notes)
     return _captured(exported, "export", time.perf_counter() - start, notes)
 
 
@@ -97,7 +100,12 @@ def _check_inputs(model: object, args: object, kwargs: object) -> None:
 
 
 def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, notes: list[str]
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    slides: Slides,
+    notes: list[str],
 ) -> ExportedProgram:
     """Export with the shapes asked for; "auto" tries free sizes first, and notes it when they cannot be."""
     if isinstance(dynamic_shapes, torch.export.ShapesCollection):  # it knows the user's tensors by identity
@@ -106,8 +114,11 @@ def _export(
     if dynamic_shapes != "auto":
         return _export_once(model, args, kwargs, dynamic_shapes)
     free_args, free_kwargs = _unmarked(args, kwargs)
+    shapes, fixed = free_shapes(model, free_args, free_kwargs, slides)
     try:
-        return _export_once(model, free_args, free_kwargs, _free_shapes(model, free_args, free_kwargs))
+        exported = _export_once(model, free_args, free_kwargs, shapes)
+        notes += fixed
+        return exported
     except CaptureError as error:
         reason = str(error.__cause__).strip().splitlines()
         exported = _export_once(model, args, kwargs, None)
@@ -148,15 +159,6 @@ def _unmarked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any,
     with torch.inference_mode(False):
         new: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(torch.Tensor, one, (args, kwargs))
     return new
-
-
-def _free_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Let every size above 1 of every tensor vary; torch.export fixes those that the model needs fixed."""
-    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
-    for leaf in pytree.tree_leaves((args, kwargs)):
-        if isinstance(leaf, torch.Tensor) and leaf.ndim:
-            shapes[leaf] = {i: torch.export.Dim.AUTO for i, n in enumerate(leaf.shape) if n > 1}
-    return shapes.dynamic_shapes(model, args, kwargs)
 
 
 @contextmanager

@@ -14,9 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from attnc import logs
 from attnc.errors import CaptureError
+
+log = logs.get("capture")
 
 
 class ForwardError(CaptureError):
@@ -27,7 +31,7 @@ class ForwardError(CaptureError):
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Restore the random state and every buffer that has changed, when the block ends."""
     devices = sorted({t.device.index or 0 for t in model.parameters() if t.device.type == "cuda"})
-    kept = [(b, b.detach().clone()) for b in model.buffers() if not (b.is_meta or b.is_inference())]
+    kept = [(b, b.detach().clone()) for b in model.buffers() if _has_values(b) and not b.is_inference()]
     with torch.random.fork_rng(devices=devices):
         try:
             yield
@@ -41,20 +45,31 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 def trial(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Run ``model`` once, without gradients, on copies of its inputs.
 
+    On meta and fake tensors, a forward that raises says nothing: it may have asked for a value.
+
     Raises:
         ForwardError: the model raised; the message holds its own error and the module where it happened.
     """
+    given = pytree.tree_leaves((args, kwargs))
+    real = all(_has_values(x) for x in (*model.parameters(), *model.buffers(), *given))
     args, kwargs = pytree.tree_map(_copied, (args, dict(kwargs)))
     with unchanged(model), torch.no_grad():
         try:
             model(*args, **kwargs)
         except Exception as error:  # whatever the model raises is the user's to read
+            if not real:
+                log.info("%s cannot be tried without values: %s", type(model).__name__, error)
+                return
             raise ForwardError(
                 f"{type(model).__name__}.forward failed on the example inputs{_where(model, error)}\n"
                 f"  expected: a forward that runs on {describe(args, kwargs)}\n"
                 f"  found: {type(error).__name__}: {error}\n"
                 "  try: call the model on these inputs yourself, and pass inputs that it accepts"
             ) from error
+
+
+def _has_values(x: object) -> bool:
+    return not isinstance(x, FakeTensor) and not (isinstance(x, torch.Tensor) and x.is_meta)
 
 
 def _copied(leaf: Any) -> Any:
