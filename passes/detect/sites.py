@@ -290,9 +290,7 @@ def _pieces(anchor: Anchor, reached: Reached, env: Env) -> Pieces | Miss:
         parts.append((read[1], s))
     ordered = _side_by_side(parts, shape(anchor.scores)[anchor.dim])
     if ordered is None:
-        return Miss(
-            "columns-dropped", anchor.weights.name, "the pieces of the weights do not cover the keys once"
-        )
+        return several
     return Pieces(tuple(ordered), tuple(added))
 
 
