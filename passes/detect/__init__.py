@@ -13,6 +13,7 @@ from attnc.ir import Miss
 from attnc.passes.detect.calls import fused_calls
 from attnc.passes.detect.describe import describe
 from attnc.passes.detect.env import Env
+from attnc.passes.detect.flex import flex_calls
 from attnc.passes.detect.found import Computed, Found
 from attnc.passes.detect.graph import module_path
 from attnc.passes.detect.layout import Recipe
@@ -56,14 +57,14 @@ def detect(
     )
     for miss in unnormalized(work, env, taken):
         items.append((order[miss.node], miss, miss.node))
-    for call in fused_calls(work, env):
+    for call in (*fused_calls(work, env), *flex_calls(work)):
         anchor = call.node if isinstance(call, Miss) else call.anchor.weights.name
         items.append((order[anchor], call, anchor))
     for _, item, anchor in sorted(items, key=lambda t: t[0]):
         path = module_path(nodes[anchor])[0] or "model"
         names[path] += 1
         name = path if names[path] == 1 else f"{path}#{names[path]}"
-        site = item if isinstance(item, Miss) else describe(item, env, name)
+        site = item if isinstance(item, Miss) else _described(item, env, name)
         if isinstance(site, Miss):
             missed.append((site, name))
             log.info("%s: missed %s at %s: %s", name, site.code, site.node, site.why)
@@ -71,3 +72,13 @@ def detect(
             found.append(site)
             log.info("%s: %s", name, site.match.spec)
     return found, missed
+
+
+def _described(skeleton: Skeleton, env: Env, name: str) -> Found | Miss:
+    """Describe one site; one on which a rule raises is a miss, so that it costs no other site."""
+    try:
+        return describe(skeleton, env, name)
+    except Exception as error:  # a mistake of ours must not take the user's model down
+        log.warning("%s: a rule raised", name, exc_info=error)
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return Miss("internal-error", skeleton.anchor.weights.name, f"a rule raised {said}")
