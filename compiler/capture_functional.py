@@ -59,14 +59,30 @@ def _differentiable(graph: fx.Graph) -> None:
             if value.dtype != into.dtype or value.device != into.device:
                 new = call(aten._to_copy.default, (new,), {"dtype": into.dtype, "device": into.device})
                 new.meta["val"] = value = value.to(into.device, into.dtype)
-            if tuple(value.shape) != tuple(into.shape):
-                sizes = _read_sizes(graph, node.args[0], into)
-                new = call(aten.expand.default, (new, sizes))
+            if _exprs(value.shape) != _exprs(into.shape):
+                new = call(aten.expand.default, (new, _read_sizes(graph, node.args[0], into)))
                 new.meta["val"] = value.expand(into.shape)
-            new = call(aten.clone.default, (new,), {"memory_format": torch.contiguous_format})
+            if _is_row_major(into) or not into.ndim:
+                new = call(aten.clone.default, (new,), {"memory_format": torch.contiguous_format})
+            else:  # a write to all of it, which keeps the strides that later views rely on
+                new = call(aten.slice_scatter.default, (node.args[0], new))
         new.meta = {**node.meta}
         node.replace_all_uses_with(new)
         graph.erase_node(node)
+
+
+def _exprs(sizes: Sequence[Any]) -> list[Any]:
+    """Return sizes as numbers and expressions, which compare without a guard."""
+    return [n.node.expr if isinstance(n, torch.SymInt) else n for n in sizes]
+
+
+def _is_row_major(value: torch.Tensor) -> bool:
+    expected: Any = 1
+    for size, stride in reversed(list(zip(_exprs(value.shape), _exprs(value.stride()), strict=True))):
+        if size != 1 and stride != expected:
+            return False
+        expected = expected * size
+    return True
 
 
 def _read_sizes(graph: fx.Graph, node: fx.Node, value: torch.Tensor) -> list[int | fx.Node]:
