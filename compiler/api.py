@@ -13,18 +13,23 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from attnc import __version__
+from attnc import __version__, logs
 from attnc.capture import capture_export, capture_exported, make_backend
+from attnc.capture_names import Watch
+from attnc.capture_pieces import Coverage, put_below
 from attnc.capture_trial import ForwardError
 from attnc.capture_types import Captured
-from attnc.errors import CaptureError, RewriteError
+from attnc.errors import CaptureError, RewriteError, UnknownSiteError
 from attnc.ir import Miss
+from attnc.ledger import Ledger
 from attnc.passes.rewrite.forms import Forms, parse_forms
 from attnc.passes.rewrite.quant.w8a8 import W8A8
 from attnc.pipeline import Options, Outcome, run
-from attnc.records import leave
+from attnc.records import leave, said
 from attnc.report import Report
 from attnc.result import clone_module, make_result
+from attnc.result_ladder import Doors
+from attnc.result_lazy import InstanceForward
 from attnc.session import Session, session
 
 if TYPE_CHECKING:
@@ -41,6 +46,7 @@ __all__ = [
     "session",
 ]
 
+log = logs.get("capture")
 Progress = Callable[[str, float], None]
 _TARGETS = ("cpu", "cuda")
 _FAR = 8.0
@@ -142,7 +148,7 @@ def inspect(
     device = _target(target, tensors)
     outcome = run(captured, Options(parse_forms(forms), device, verify=False, progress=progress, draw=draw))
     report = Report(__version__, type(model).__name__, device)
-    _add(report, outcome, captured)
+    Ledger(report).add(outcome, captured)
     return report
 
 
@@ -247,7 +253,7 @@ def _optimize_program(
         captured, Options(forms, target, verify, cost_model, False, progress), _placeholders(program)
     )
     report = Report(__version__, "ExportedProgram", target)
-    _add(report, outcome, captured)
+    Ledger(report).add(outcome, captured)
     assert outcome.runtime is not None
     outcome.runtime.graph_module.recompile()
     fast = outcome.runtime.module()
@@ -262,6 +268,9 @@ class _Work:
 
     def __init__(self, state: Session, verify: bool, cost_model: bool, progress: Progress | None) -> None:
         self.state, self.verify, self.cost_model, self.progress = state, verify, cost_model, progress
+        self.ledger = Ledger(state.report)
+        self.watch = Watch(reused=self.ledger.repeat, named=self.ledger.name)
+        self.whole = False
         self._failure: ForwardError | None = None
 
     def ahead(self, model: nn.Module) -> nn.Module:
@@ -271,12 +280,9 @@ class _Work:
         """
         clone = clone_module(model)
         self._quantize(clone)
-        fast = make_result(
-            clone,
-            self._build_or_note,
-            fallback=make_backend(self.rewrite, declined=self.state.report.warnings.append),
-            report=self.state.report,
-        )
+        doors = Doors(self._backend(), self.watch, self.build_piece, self.ledger.cover)
+        fast = make_result(clone, self._build_or_note, fallback=doors, report=self.state.report)
+        self.watch.model = fast
         try:
             with torch.no_grad(), _same_random_numbers():
                 fast(*self.state.args, **self.state.kwargs)
@@ -284,6 +290,8 @@ class _Work:
             if self._failure is not None:
                 raise self._failure from error
             raise
+        if not self.whole:
+            self.state.forms.check([s.id for s in self.state.report.sites])
         if self.verify:
             self._check_model(model, fast)
         return fast
@@ -294,23 +302,44 @@ class _Work:
         if any(f.scope == "projections" for f in self.state.forms.of(W8A8)):
             raise RewriteError("w8a8(scope='projections'): expected example inputs, or scope='all'")
         self._quantize(clone)
-        return make_result(
-            clone,
-            None,
-            lazy=make_backend(self.rewrite, declined=self.state.report.warnings.append),
-            report=self.state.report,
-        )
+        fast = make_result(clone, None, lazy=self._backend(), report=self.state.report)
+        self.watch.model = fast
+        return fast
+
+    def _backend(self) -> Any:
+        """Return the Dynamo backend that rewrites each piece and tells the report about it."""
+        report = self.state.report
+        return make_backend(self.rewrite, declined=report.warnings.append, watch=self.watch)
 
     def build(self, plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExportedProgram:
         """Capture one program and run the pipeline on it."""
         self._tell("capture")
         captured = capture_export(plain, args, kwargs, dynamic_shapes=self.state.dynamic_shapes)
         assert captured.exported is not None
-        trains = any(p.requires_grad for p in plain.parameters())
-        outcome = self._run(captured, trains, _placeholders(captured.exported, (args, dict(kwargs))))
+        outcome = self._run(captured, _trains(plain), _placeholders(captured.exported, (args, dict(kwargs))))
         self.state.outcomes.append(outcome)
+        self.whole = True
+        self.ledger.cover([Coverage("", "whole")])
         assert outcome.runtime is not None
         return outcome.runtime
+
+    def build_piece(
+        self, path: str, plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> ExportedProgram | None:
+        """Capture the submodule at ``path`` by itself; None if it holds no attention.
+
+        Its free sizes are free: what was asked for names the model's inputs, not its.
+        """
+        captured = capture_export(plain, args, kwargs, dynamic_shapes="auto" if self._free else None)
+        assert captured.exported is not None
+        put_below(path, captured)
+        placeholders = _placeholders(captured.exported, (args, dict(kwargs)))
+        outcome = self._run(captured, _trains(plain), placeholders, whole=False)
+        return outcome.runtime if outcome.records else None
+
+    @property
+    def _free(self) -> bool:
+        return self.state.dynamic_shapes is not None
 
     def _build_or_note(
         self, plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -328,14 +357,26 @@ class _Work:
     def rewrite(self, captured: Captured) -> bool:
         """Edit one graph at the dynamo door; say whether anything changed."""
         trains = any(v is not None and v.requires_grad for v in captured.tensors.values())
-        return self._run(captured, trains, None).rewritten > 0
+        self.ledger.cover([Coverage("", "dynamo")])
+        return self._run(captured, trains, None, whole=False).rewritten > 0
 
-    def _run(self, captured: Captured, trains: bool, placeholders: Mapping[str, Any] | None) -> Outcome:
+    def _run(
+        self, captured: Captured, trains: bool, placeholders: Mapping[str, Any] | None, *, whole: bool = True
+    ) -> Outcome:
+        """Run the pipeline; a graph on which a stage raises stays as it was, with a warning."""
+        state = self.state
         options = Options(
-            self.state.forms, self.state.target, self.verify, self.cost_model, trains, self.progress
+            state.forms, state.target, self.verify, self.cost_model, trains, self.progress, whole
         )
-        outcome = run(captured, options, placeholders)
-        _add(self.state.report, outcome, captured)
+        try:
+            outcome = run(captured, options, placeholders)
+        except UnknownSiteError:
+            raise
+        except Exception as error:  # a mistake of ours must not take the user's model down
+            log.warning("a stage raised", exc_info=error)
+            text = f"{INTERNAL}: {said(error)}; a graph of {len(captured.graph.nodes)} nodes runs as it was"
+            outcome = Outcome([], [], 0, captured.exported, warnings=[text])
+        self.ledger.add(outcome, captured)
         return outcome
 
     def _quantize(self, clone: nn.Module) -> None:
@@ -380,7 +421,9 @@ class _Work:
 
         As a whole it is not the same function, whatever its sites are.
         """
-        fast.__dict__.pop("forward", None)
+        for module in fast.modules():
+            if isinstance(vars(module).get("forward"), InstanceForward):
+                del module.__dict__["forward"]
         self.state.outcomes.clear()
         self.state.report.warnings.append(
             f"the rewritten model disagrees with the original and was put back: {reason}"
@@ -417,17 +460,8 @@ def _placeholders(program: ExportedProgram, inputs: Any = None) -> dict[str, Any
     return out
 
 
-def _add(report: Report, outcome: Outcome, captured: Captured) -> None:
-    """Add what one graph gave to a report; a site captured again keeps its first record."""
-    known = {s.id for s in report.sites}
-    report.sites += [r for r in outcome.records if r.id not in known]
-    for stage in outcome.stages:
-        same = next((s for s in report.stages if s.name == stage.name), None)
-        if same is None:
-            report.stages.append(stage)
-        else:
-            same.seconds += stage.seconds
-    report.warnings += [w for w in captured.warnings if w not in report.warnings]
+def _trains(model: nn.Module) -> bool:
+    return any(p.requires_grad for p in model.parameters())
 
 
 def _target(target: str | None, tensors: Any) -> str:

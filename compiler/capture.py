@@ -21,11 +21,13 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from attnc import logs
-from attnc.capture_alias import bypass, hidden_writes
+from attnc.capture_alias import bypass, hidden_writes, op_name
+from attnc.capture_bodies import branches, inline_bodies
 from attnc.capture_dynamo import backend, make_backend
 from attnc.capture_links import link_moments, link_nodes
+from attnc.capture_program import OWN_BACKWARD
 from attnc.capture_sizes import Slides, free_shapes
-from attnc.capture_trial import describe, trial, unchanged
+from attnc.capture_trial import describe, noted_functions, trial, unchanged
 from attnc.capture_types import Captured, Door
 from attnc.errors import CaptureError
 from attnc.programs import copy_program
@@ -69,13 +71,28 @@ def capture_export(
     _register_caches(model)
     notes: list[str] = []
     start = time.perf_counter()
-    exported = _export(model, args, kwargs, dynamic_shapes, slides, notes)
-    return _captured(exported, "export", time.perf_counter() - start, notes)
+    with noted_functions() as functions:
+        exported = _export(model, args, kwargs, dynamic_shapes, slides, notes)
+    autocast = not any(torch.is_autocast_enabled(d) for d in ("cpu", "cuda"))
+    try:
+        exported = inline_bodies(_without_vmap(exported), autocast=autocast)
+        if functions:
+            exported.graph_module.meta[OWN_BACKWARD] = tuple(sorted(functions))
+            notes.append(_about_gradients(functions))
+        return _captured(exported, "export", time.perf_counter() - start, notes)
+    except CaptureError:
+        raise
+    except Exception as error:  # a graph that torch cannot make functional, or a mistake of ours
+        raise CaptureError(
+            f"{type(model).__name__}: its forward was exported, but the graph could not be prepared\n"
+            f"  expected: a graph that torch can make functional\n"
+            f"  found: {_said(error)}"
+        ) from error
 
 
 def capture_exported(program: ExportedProgram) -> Captured:
     """Capture an ExportedProgram; it stays as it was, since a copy of its graph is edited."""
-    return _captured(copy_program(program), "export", 0.0, [])
+    return _captured(inline_bodies(copy_program(program), autocast=False), "export", 0.0, [])
 
 
 def capture_graph_module(
@@ -139,7 +156,7 @@ def _export_once(
             raise CaptureError(
                 f"{type(model).__name__}: its forward runs, but could not be captured as one graph\n"
                 f"  expected: a forward that torch.export can follow for {describe(args, kwargs)}\n"
-                f"  found: {type(error).__name__}: {error}\n"
+                f"  found: {_said(error)}\n"
                 "  try: attnc.optimize(model) with no inputs, which captures piece by piece at the first call"
             ) from error
 
@@ -181,6 +198,27 @@ def _register_caches(model: nn.Module) -> None:
         log.info("this transformers has no exporters; caches are not registered")
         return
     register_cache_pytrees_for_model(model)
+
+
+def _said(error: BaseException) -> str:
+    """Return the type and the first line of an error; torch's own go on for pages, and stay as its cause."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _about_gradients(functions: set[str]) -> str:
+    return (
+        f"the backward of {', '.join(sorted(functions))} is not part of a captured program: where gradients "
+        "are recorded, the forward is compiled piece by piece instead"
+    )
+
+
+def _without_vmap(exported: ExportedProgram) -> ExportedProgram:
+    """Return the program, or a functional one where vmap left its own calls in it, which cannot be run."""
+    if not any(op_name(n) == "_add_batch_dim" for n in exported.graph.nodes):
+        return exported
+    with _quiet():
+        return exported.run_decompositions({})
 
 
 def _safe_to_functionalize(exported: ExportedProgram) -> ExportedProgram:
@@ -227,6 +265,7 @@ def _captured(exported: ExportedProgram, door: Door, export_seconds: float, note
         static=fixed_sizes(functional.graph, inputs),
         warnings=notes,
         seconds=seconds,
+        branches=branches(exported.graph_module, exported.graph),
     )
 
 

@@ -167,7 +167,12 @@ def _aliases(node: fx.Node) -> Iterator[object]:
         for arg, value in _named_arguments(node, target):
             if arg.alias_info is not None or op_name(node) in _MAY_ALIAS:
                 yield from (x for x in flat(value) if isinstance(x, fx.Node))
-    elif target is operator.getitem or isinstance(target, torch._ops.HigherOrderOperator) or _hides(node):
+    elif (
+        target is operator.getitem
+        or isinstance(target, torch._ops.HigherOrderOperator)
+        or _hides(node)
+        or op_name(node) in ("_add_batch_dim", "_remove_batch_dim")
+    ):
         yield from (x for x in flat(node.args) if isinstance(x, fx.Node))
 
 

@@ -8,18 +8,20 @@ gets Dynamo's own graph.
 
 from __future__ import annotations
 
-import copy
-import re
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import fx
 
 from attnc import logs
-from attnc.capture_alias import bypass, hidden_writes
+from attnc.capture_autocast import write_casts
+from attnc.capture_bodies import branches
+from attnc.capture_functional import Declined, functional, switches_autocast
+from attnc.capture_names import Watch, qualified, source_name
 from attnc.capture_types import Captured
 from attnc.errors import CaptureError
 
@@ -29,13 +31,12 @@ Then = Literal["eager", "aot_eager", "inductor"]
 Rewrite = Callable[[Captured], bool]
 Compiled = Callable[..., Any]
 
-_FQN = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
-# aot_export_module cannot trace through these; their bodies are captured one by one instead.
-_OPAQUE_CALLS = frozenset({"tag_activation_checkpoint"})
-
-
-class _Declined(Exception):
-    """This graph is handed on as it came; the message says why."""
+_CHECKPOINTS = frozenset({"tag_activation_checkpoint"})
+"""Calls that ``aot_export_module`` cannot trace through; their bodies are captured one by one instead."""
+_WITH_OPERANDS = _CHECKPOINTS | {"wrap", "wrap_activation_checkpoint"}
+"""Calls of the form (body, *operands)."""
+_OWN_BACKWARD = "autograd_function_apply"
+"""The call of an autograd function, of which ``aot_export_module`` keeps the forward only."""
 
 
 def backend(
@@ -57,23 +58,40 @@ def backend(
     return make_backend(dynamo_rewriter(**rest), then, mode=mode)(gm, example_inputs)
 
 
+@dataclass
+class _Piece:
+    """What came of one graph of Dynamo's.
+
+    ``mutated`` are the positions of inputs whose new values are the first outputs; ``declined`` says why the
+    graph runs as it was; ``casts`` that autocast's casts are written down, so that it runs without autocast.
+    """
+
+    graph: fx.GraphModule
+    mutated: tuple[int, ...] = ()
+    declined: str = ""
+    casts: bool = False
+
+
 def make_backend(
     rewrite: Rewrite,
     then: str = "eager",
     *,
     mode: str | None = None,
     declined: Callable[[str], None] | None = None,
+    watch: Watch | None = None,
 ) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
     """Return a Dynamo backend that lets ``rewrite`` edit each captured graph and hands it to stage ``then``.
 
     ``rewrite`` edits ``captured.graph`` in place and says whether anything changed.  ``declined`` is told, in
-    one line, about each graph that could not be captured and runs as it was.
+    one line, about each graph that could not be captured and runs as it was.  ``watch`` learns what was
+    covered.
 
     Raises:
         CaptureError: ``then`` is not "eager", "aot_eager" or "inductor".
     """
     if then not in get_args(Then):
         raise CaptureError(f"backend: expected then to be one of {get_args(Then)}, found {then!r}")
+    watch = Watch() if watch is None else watch
 
     def tell(reason: str) -> None:
         log.warning("%s", reason)
@@ -81,31 +99,54 @@ def make_backend(
             declined(reason)
 
     def compile_piece(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        graph, mutated = _rewritten(gm, example_inputs, rewrite, tell)
-        run = _next_stage(graph, example_inputs, then, mode)
-        return _writing_back(run, mutated) if mutated else run
+        frame = watch.enter(gm, example_inputs)
+        made: list[Captured] = []
+
+        def rewrite_and_keep(captured: Captured) -> bool:
+            made.append(captured)
+            return rewrite(captured)
+
+        try:
+            piece = _rewritten(gm, example_inputs, rewrite_and_keep, tell, watch)
+        except Exception as error:  # a mistake of ours must not take the user's model down
+            log.warning("a graph could not be prepared", exc_info=error)
+            tell(f"internal-error: {type(error).__name__}: {error}; a graph runs as it was")
+            piece = _Piece(gm, declined="internal-error")
+        watch.add(gm, frame, piece.declined)
+        run = _next_stage(piece.graph, example_inputs, then, mode)
+        run = _writing_back(run, piece.mutated) if piece.mutated else run
+        run = _without_autocast(run) if piece.casts else run
+        return watch.following(run, frame, made) if frame is not None and frame.prefix else run
 
     return compile_piece
 
 
 def _rewritten(
-    gm: fx.GraphModule, inputs: Sequence[Any], rewrite: Rewrite, tell: Callable[[str], None]
-) -> tuple[fx.GraphModule, tuple[int, ...]]:
-    """Return the graph to run, ``gm`` if unchanged, and the positions of inputs it has new values for."""
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    rewrite: Rewrite,
+    tell: Callable[[str], None],
+    watch: Watch,
+) -> _Piece:
+    """Return the graph to run: ``gm`` itself if nothing changed."""
     bodies = [n for n in gm.graph.nodes if _is_call_of_body(gm, n)]
     try:
-        if any(n.target.name() in _OPAQUE_CALLS for n in bodies):
-            raise _Declined("torch cannot trace through its checkpoint calls")
+        if any(n.target.name() in _CHECKPOINTS for n in bodies):
+            raise Declined("torch cannot trace through its checkpoint calls")
+        if _records_gradients(inputs) and any(_own_backward(n) for n in gm.graph.nodes):
+            raise Declined("torch would lose the backward of its autograd functions")
         captured, mutated = _to_aten(gm, inputs)
-    except _Declined as reason:
+    except Declined as reason:
         tell(
             f"a graph of {len(gm.graph.nodes)} nodes runs as it was"
             f"{', apart from the bodies of its higher-order calls' if bodies else ''}: {reason}"
         )
         for call in bodies:
-            _rewrite_body(gm, call, rewrite, tell)
-        return gm, ()
-    return (captured.owner, mutated) if _edited(captured, rewrite) else (gm, ())
+            _rewrite_body(gm, call, rewrite, tell, watch)
+        return _Piece(gm, declined=str(reason))
+    if not _edited(captured, rewrite):
+        return _Piece(gm)  # with its switches, where it has some
+    return _Piece(captured.owner, mutated, casts=switches_autocast(gm.graph))
 
 
 def _edited(captured: Captured, rewrite: Rewrite) -> bool:
@@ -118,8 +159,9 @@ def _edited(captured: Captured, rewrite: Rewrite) -> bool:
 
 
 def _is_call_of_body(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Say whether ``node`` is a higher-order call whose first argument is a sub-graph."""
-    holder = node.args[0] if isinstance(node.target, torch._ops.HigherOrderOperator) and node.args else None
+    """Say whether ``node`` is a higher-order call of a sub-graph on the operands that follow it."""
+    known = isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in _WITH_OPERANDS
+    holder = node.args[0] if known and node.args else None
     return (
         isinstance(holder, fx.Node)
         and holder.op == "get_attr"
@@ -127,18 +169,27 @@ def _is_call_of_body(gm: fx.GraphModule, node: fx.Node) -> bool:
     )
 
 
-def _rewrite_body(gm: fx.GraphModule, call: fx.Node, rewrite: Rewrite, tell: Callable[[str], None]) -> None:
+def _rewrite_body(
+    gm: fx.GraphModule, call: fx.Node, rewrite: Rewrite, tell: Callable[[str], None], watch: Watch
+) -> None:
     """Rewrite the body of one higher-order call, in ``gm`` itself, whose other nodes stay at torch level."""
     holder = call.args[0]
     assert isinstance(holder, fx.Node)
+    body = getattr(gm, str(holder.target))
     operands = [a.meta["example_value"] if isinstance(a, fx.Node) else a for a in call.args[1:]]
     try:
-        captured, mutated = _to_aten(getattr(gm, str(holder.target)), operands)
+        captured, mutated = _to_aten(body, operands)
         if mutated:
-            raise _Declined("it writes to its inputs")
-    except _Declined as reason:
+            raise Declined("it writes to its inputs")
+        if _records_gradients(operands) and any(_own_backward(n) for n in body.graph.nodes):
+            raise Declined("torch would lose the backward of its autograd functions")
+        if switches_autocast(body.graph):
+            raise Declined("it switches autocast")
+    except Declined as reason:
+        watch.add(body, None, str(reason))
         tell(f"the body of {call.name} runs as it was: {reason}")
         return
+    watch.add(body, None, "")
     if _edited(captured, rewrite):
         setattr(gm, str(holder.target), captured.owner)
 
@@ -150,18 +201,20 @@ def _to_aten(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Captured, tuple
     order.
 
     Raises:
-        _Declined: the graph cannot be had this way.
+        Declined: the graph cannot be had this way.
     """
     start = time.perf_counter()
-    aten, signature = _functional(gm, inputs)
+    aten, signature = functional(gm, inputs)
+    if switches_autocast(aten.graph):
+        write_casts(aten.graph, _ambient_precision())
     given = [n for n in gm.graph.nodes if n.op == "placeholder"]
     _unlift(aten, gm, signature)
     placeholders = [n for n in aten.graph.nodes if n.op == "placeholder"]
     written = (*signature.buffers_to_mutate, *signature.user_inputs_to_mutate)
     mutated = _mutated_positions(signature, placeholders)
     _check_convention(gm, aten, len(given), len(placeholders), len(written))
-    if written and torch.is_grad_enabled() and any(_requires_grad(x) for x in inputs):
-        raise _Declined("it writes to its inputs while gradients are recorded (batch norm in training does)")
+    if written and _records_gradients(inputs):
+        raise Declined("it writes to its inputs while gradients are recorded (batch norm in training does)")
     tensors, fqn = _weights(given, placeholders, inputs)
     for node in aten.graph.nodes:
         if node.op == "get_attr" and isinstance(getattr(aten, str(node.target), None), torch.Tensor):
@@ -177,39 +230,9 @@ def _to_aten(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Captured, tuple
         user_inputs=tuple(n.name for n in placeholders if n.name not in tensors),
         exported=None,
         seconds={"export": time.perf_counter() - start, "functionalize": 0.0},
+        branches=branches(aten, aten.graph),
     )
     return captured, mutated
-
-
-def _functional(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, Any]:
-    """Return ``gm`` as functional ATen before autograd, and the signature that torch gives with it."""
-    from torch._functorch.aot_autograd import aot_export_module  # private: the only use of it is here
-
-    source = _safe_to_functionalize(gm)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the tracer's own, about its own doings
-            aten, signature = aot_export_module(source, tuple(inputs), trace_joint=False, pre_dispatch=True)
-    # A tracer raises nearly every type there is.  The graph is handed on as it was, and the reason is told.
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        raise _Declined(f"torch could not make it functional ({type(error).__name__}: {lines[0]})") from error
-    assert isinstance(aten, fx.GraphModule)
-    return aten, signature
-
-
-def _safe_to_functionalize(gm: fx.GraphModule) -> fx.GraphModule:
-    """Return ``gm``, or a copy without the dropouts through which functionalization would lose a write."""
-    if any(hidden_writes(gm.graph)):
-        gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-        dropouts, others = hidden_writes(gm.graph)
-        if others:
-            raise _Declined(
-                f"it writes to a view that {others[0].target} may return, which torch loses track of"
-            )
-        bypass(dropouts)
-        gm.recompile()
-    return gm
 
 
 def _unlift(aten: fx.GraphModule, gm: fx.GraphModule, signature: Any) -> None:
@@ -230,10 +253,18 @@ def _unlift(aten: fx.GraphModule, gm: fx.GraphModule, signature: Any) -> None:
         aten.graph.erase_node(node)
 
 
+def _ambient_precision() -> torch.dtype | None:
+    """Return the lower precision of the autocast that is on now, None if none is."""
+    on = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
+    if len(on) > 1:
+        raise Declined("autocast is on for two devices")
+    return torch.get_autocast_dtype(on[0]) if on else None
+
+
 def _mutated_positions(signature: Any, placeholders: list[fx.Node]) -> tuple[int, ...]:
     """Return the positions of the inputs that are written to, in the order of their values in the outputs."""
     if signature.buffers_to_mutate:
-        raise _Declined("it writes to a tensor that is part of the graph")
+        raise Declined("it writes to a tensor that is part of the graph")
     position = {n.name: i for i, n in enumerate(placeholders)}
     return tuple(position[name] for name in signature.user_inputs_to_mutate.values())
 
@@ -242,9 +273,9 @@ def _check_convention(gm: fx.GraphModule, aten: fx.GraphModule, given: int, take
     """Decline unless ``aten`` takes and returns what ``gm`` does, new values of mutated inputs apart."""
     before, after = (g.graph.output_node().args[0] for g in (gm, aten))
     if not isinstance(before, (tuple, list)) or not isinstance(after, (tuple, list)):
-        raise _Declined("its output is not a tuple")
+        raise Declined("its output is not a tuple")
     if given != taken or len(before) + written != len(after):
-        raise _Declined(
+        raise Declined(
             f"its {given} inputs and {len(before)} outputs became {taken} and {len(after) - written}"
         )
 
@@ -256,19 +287,23 @@ def _weights(
     tensors: dict[str, torch.Tensor | None] = {}
     fqn: dict[str, str] = {}
     for old, new, value in zip(given, placeholders, inputs, strict=True):
-        source = getattr(old.meta.get("grapharg"), "source", None)
-        name = getattr(source, "name", "")
-        text = str(name() if callable(name) else name)
+        text = source_name(old)
         if isinstance(value, torch.nn.Parameter) or "_parameters[" in text or "_buffers[" in text:
             live = isinstance(value, torch.Tensor) and not isinstance(value, torch._subclasses.FakeTensor)
             tensors[new.name] = value if live else None
-            if parts := _FQN.findall(text):
-                fqn[new.name] = ".".join(parts)
+            if name := qualified(text):
+                fqn[new.name] = name
     return tensors, fqn
 
 
-def _requires_grad(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.requires_grad
+def _records_gradients(inputs: Sequence[Any]) -> bool:
+    """Say whether autograd will record what is computed from ``inputs``."""
+    tensors = (x for x in inputs if isinstance(x, torch.Tensor))
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _own_backward(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() == _OWN_BACKWARD
 
 
 def _writing_back(run: Compiled, mutated: tuple[int, ...]) -> Compiled:
@@ -280,6 +315,19 @@ def _writing_back(run: Compiled, mutated: tuple[int, ...]) -> Compiled:
             for position, value in zip(mutated, outputs, strict=False):
                 inputs[position].copy_(value)
         return outputs[len(mutated) :]
+
+    return call
+
+
+def _without_autocast(run: Compiled) -> Compiled:
+    """Wrap ``run``, in which autocast's casts are written down, to run without autocast."""
+
+    def call(*inputs: Any) -> Any:
+        with ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            return run(*inputs)
 
     return call
 

@@ -24,6 +24,8 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from attnc.errors import UnsupportedError
 
+OWN_BACKWARD = "attnc_own_backward"
+"""Key in a graph module's meta: autograd functions of the model, whose backward a capture does not keep."""
 Shapes = Sequence[Sequence[int]]
 
 
@@ -42,11 +44,19 @@ class Program:
         self._weights = tuple(_source(exported, model, s) for s in _weight_specs(exported))
         self._out_spec = exported.call_spec.out_spec
         self._effects = _effects(exported)
+        self._loses_gradients = bool(exported.graph_module.meta.get(OWN_BACKWARD))
         self.valid_shapes = compile_validity(exported)
 
     def valid(self, leaves: Sequence[Any]) -> bool:
         """Say whether the program may run on these flat inputs, whose dtypes and numbers already agree."""
         return self.valid_shapes([leaf.shape if isinstance(leaf, torch.Tensor) else () for leaf in leaves])
+
+    def loses_gradients(self, leaves: Sequence[Any]) -> bool:
+        """Say whether a backward pass through this run would be another than the model's own."""
+        if not (self._loses_gradients and torch.is_grad_enabled()):
+            return False
+        tensors = [*leaves, *(holder[name] for holder, name in self._weights)]
+        return any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """Run on flat inputs, in the order of ``tree_leaves((args, kwargs))`` at capture."""

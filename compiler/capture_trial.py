@@ -42,6 +42,27 @@ def unchanged(model: nn.Module) -> Iterator[None]:
                         buffer.copy_(value)
 
 
+@contextmanager
+def noted_functions() -> Iterator[set[str]]:
+    """Yield the names of the autograd functions that run inside the block.
+
+    A tracer follows their forward and drops their backward, so that gradients through the graph are others.
+    """
+    names: set[str] = set()
+    kind = torch.autograd.Function
+    real = kind.__dict__["apply"]
+
+    def noting(cls: type, *args: Any, **kwargs: Any) -> Any:
+        names.add(cls.__name__)
+        return real.__func__(cls, *args, **kwargs)
+
+    kind.apply = classmethod(noting)  # type: ignore[method-assign, assignment]
+    try:
+        yield names
+    finally:
+        kind.apply = real  # type: ignore[method-assign]
+
+
 def trial(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Run ``model`` once, without gradients, on copies of its inputs.
 
@@ -52,7 +73,7 @@ def trial(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     """
     given = pytree.tree_leaves((args, kwargs))
     real = all(_has_values(x) for x in (*model.parameters(), *model.buffers(), *given))
-    args, kwargs = pytree.tree_map(_copied, (args, dict(kwargs)))
+    args, kwargs = pytree.tree_map(copied, (args, dict(kwargs)))
     with unchanged(model), torch.no_grad():
         try:
             model(*args, **kwargs)
@@ -72,7 +93,7 @@ def _has_values(x: object) -> bool:
     return not isinstance(x, FakeTensor) and not (isinstance(x, torch.Tensor) and x.is_meta)
 
 
-def _copied(leaf: Any) -> Any:
+def copied(leaf: Any) -> Any:
     """Copy an argument, since a forward may write to it; caches are copied whole."""
     return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else copy.deepcopy(leaf)
 

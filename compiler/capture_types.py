@@ -41,6 +41,9 @@ class Captured:
         static: input sizes that are fixed in this program, as text: ``"input_ids dim 0 == 2"``.
         warnings: what the user should know about this capture.
         seconds: stage -> seconds.
+        branches: branches of ``torch.cond`` that may hold attention, each a functional graph of its own, by
+            the name under which ``owner`` holds it; a rewritten one has to be put there.
+        sites: ids of the sites that were found, once they are.
     """
 
     door: Door
@@ -56,3 +59,5 @@ class Captured:
     static: tuple[str, ...] = ()
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    branches: tuple[tuple[str, Captured], ...] = ()
+    sites: tuple[str, ...] = ()

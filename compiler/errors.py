@@ -15,6 +15,10 @@ class RewriteError(AttncError):
     """A plan could not be applied: unknown form, bad option, unknown site."""
 
 
+class UnknownSiteError(RewriteError):
+    """A pattern of the user's forms names no site."""
+
+
 class UnsupportedError(AttncError):
     """A spec asks for something that the chosen backend does not have."""
 

@@ -13,7 +13,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -36,7 +36,7 @@ from attnc.passes.rewrite.fuse.fused import Fused
 from attnc.passes.rewrite.quant.projections import projections
 from attnc.passes.rewrite.quant.w8a8 import W8A8
 from attnc.programs import copy_program, fix_outputs
-from attnc.records import Job, draw, missed_record, site_record
+from attnc.records import INTERNAL, Job, draw, missed_record, reason_of, site_record
 from attnc.report import SiteRecord, Stage
 
 log = logs.get("rewrite")
@@ -59,6 +59,8 @@ class Options:
     gradients: bool = False
     progress: Progress | None = None
     draw: bool = False
+    whole: bool = True
+    """Whether the graph is the whole model: then a pattern of ``forms`` that names no site is a mistake."""
 
 
 @dataclass
@@ -73,7 +75,9 @@ class Outcome:
     rewritten: int
     runtime: ExportedProgram | None = None
     linears: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     make_attend: Callable[[], ExportedProgram] | None = None
+    graph: fx.Graph | None = None
 
     @cached_property
     def attend(self) -> ExportedProgram | None:
@@ -89,22 +93,22 @@ def run(captured: Captured, options: Options, placeholders: Mapping[str, Any] | 
 
     ``placeholders`` are example values of the graph's inputs by name, None if unknown.
 
+    A site on which a stage of ours raises runs as it was, and a warning names the error.
+
     Raises:
-        RewriteError: a pattern of ``options.forms`` names no site, or an old site could not be removed.
+        UnknownSiteError: a pattern of ``options.forms`` names no site.
     """
     stages: list[Stage] = [Stage(n, s) for n, s in captured.seconds.items()]
     with _timed(stages, "detect", options) as note:
         found, missed = detect(captured.work, captured.tensors, captured.links)
         note.update(nodes=len(captured.work.nodes), sites=len(found), misses=len(missed))
     known = hints(captured.work)
-    options.forms.check([f.match.site.id for f in found] + [name for _, name in missed])
     original = captured.exported.graph if captured.exported is not None else copy.deepcopy(captured.graph)
     with _timed(stages, "names", options):
-        namer = Namer(captured.work, captured.tensors)
-        named = [namer.names(f) for f in found]
+        named = _names(captured, found)
     with _timed(stages, "plan", options):
         gate = Rewriter(original, captured.work, captured.links, captured.moments)
-        jobs = [_plan(f, gate, options, known) for f in found]
+        jobs = [_planned(f, gate, options, known) for f in found]
         for job, names in zip(jobs, named, strict=True):
             job.details |= {"operands": names} if names else {}
     outcome = _rewrite_and_check(captured, original, jobs, options, placeholders, stages)
@@ -115,8 +119,41 @@ def run(captured: Captured, options: Options, placeholders: Mapping[str, Any] | 
         draw(
             jobs, missed, outcome.records, nodes, outcome.runtime.graph if outcome.runtime else captured.graph
         )
+    outcome.warnings += [f"{name}: {reason_of(m)}" for m, name in missed if m.code == INTERNAL]
     outcome.linears = _linears(captured, found, options)
+    _run_branches(captured, outcome, options)
+    if options.whole:
+        options.forms.check([r.id for r in outcome.records])
     return outcome
+
+
+def _names(captured: Captured, found: list[Found]) -> list[dict[str, str]]:
+    """Return what is known of each site's operands; a name is a service, and never costs a rewrite."""
+    namer, named = Namer(captured.work, captured.tensors), []
+    for f in found:
+        try:
+            named.append(namer.names(f))
+        except Exception as error:  # a mistake of ours must not take the user's model down
+            log.warning("%s: its operands could not be named", f.match.site.id, exc_info=error)
+            named.append({})
+    return named
+
+
+def _run_branches(captured: Captured, outcome: Outcome, options: Options) -> None:
+    """Rewrite the branches of conditional calls, each on its own, and put them in place of the old ones."""
+    owner = captured.owner if outcome.runtime is None else outcome.runtime.graph_module
+    for name, branch in captured.branches:
+        inner = run(branch, replace(options, whole=False))
+        taken = {r.id for r in outcome.records}
+        for record in inner.records:
+            record.id = record.id if record.id not in taken else f"{record.id}@{name}"
+        outcome.records += inner.records
+        outcome.warnings += inner.warnings
+        if inner.rewritten:
+            branch.graph.lint()
+            branch.owner.recompile()
+            setattr(owner, name, branch.owner)
+            outcome.rewritten += inner.rewritten
 
 
 def _rewrite_and_check(
@@ -130,29 +167,71 @@ def _rewrite_and_check(
     """Rewrite the planned sites, lower, verify; put back the sites that fail and do it again without them."""
     while True:
         live = [j for j in jobs if j.plan is not None]
-        outcome = Outcome([], stages, len(live))
-        with _timed(stages, "rewrite", options) as note:
-            outcome.runtime, graph = _rewritten(captured, live)
-            note.update(sites=len(live))
-        with _timed(stages, "lower", options) as note:
-            counts, renamed = lower(graph)
-            if outcome.runtime is not None:
-                fix_outputs(outcome.runtime)
-                outcome.make_attend = partial(_attend_program, captured, live)
-            note.update(counts)
-        for j in live:
-            j.new_output = renamed.get(j.new_output, j.new_output)
-        failed = (
-            _verify(original, graph, captured, live, options, placeholders, stages) if options.verify else []
-        )
+        try:
+            outcome, failed = _attempt(captured, original, live, options, placeholders, stages)
+        except Exception as error:  # a mistake of ours must not take the user's model down
+            if not live:
+                raise
+            for j, why in _culprits(captured, original, live, options, placeholders, error):
+                j.stumble(why)
+            continue
         if not failed:
             if outcome.runtime is None and live:
-                captured.owner.graph = graph
+                captured.owner.graph = outcome.graph
                 captured.graph = captured.owner.graph
+            stumbled = [j for j in jobs if j.miss is not None and j.miss.code == INTERNAL]
+            outcome.warnings = [f"{j.found.match.site.id}: {j.reason}" for j in stumbled]
             return outcome
         for j, check in failed:
             log.warning("%s: put back: %s", j.found.match.site.id, check.reason)
             j.put_back(check.reason)
+
+
+def _attempt(
+    captured: Captured,
+    original: fx.Graph,
+    live: list[Job],
+    options: Options,
+    placeholders: Mapping[str, Any] | None,
+    stages: list[Stage],
+) -> tuple[Outcome, list[tuple[Job, checks.Check]]]:
+    """Rewrite and lower the live sites in a copy and verify them; return it and the sites that fail."""
+    outcome = Outcome([], stages, len(live))
+    with _timed(stages, "rewrite", options) as note:
+        outcome.runtime, graph = _rewritten(captured, live)
+        note.update(sites=len(live))
+    with _timed(stages, "lower", options) as note:
+        counts, renamed = lower(graph)
+        if outcome.runtime is not None:
+            fix_outputs(outcome.runtime)
+            outcome.make_attend = partial(_attend_program, captured, live)
+        note.update(counts)
+    outcome.graph = graph
+    for j in live:
+        j.new_output = renamed.get(j.new_output, j.new_output)
+    if not options.verify:
+        return outcome, []
+    return outcome, _verify(original, graph, captured, live, options, placeholders, stages)
+
+
+def _culprits(
+    captured: Captured,
+    original: fx.Graph,
+    live: list[Job],
+    options: Options,
+    placeholders: Mapping[str, Any] | None,
+    error: Exception,
+) -> list[tuple[Job, Exception]]:
+    """Return the sites that raise on their own, with what they raise; all of them if none does."""
+    if len(live) == 1:
+        return [(live[0], error)]
+    found: list[tuple[Job, Exception]] = []
+    for j in live:
+        try:
+            _attempt(captured, original, [j], options, placeholders, [])
+        except Exception as own:  # as above
+            found.append((j, own))
+    return found or [(j, error) for j in live]
 
 
 def _rewritten(captured: Captured, live: list[Job]) -> tuple[ExportedProgram | None, fx.Graph]:
@@ -198,6 +277,16 @@ def portable(program: ExportedProgram) -> ExportedProgram:
 
 
 # ---------------------------------------------------------------- plan
+
+
+def _planned(found: Found, gate: Rewriter, options: Options, known: Mapping[str, int]) -> Job:
+    """Plan one site; one on which planning raises is left as it is."""
+    try:
+        return _plan(found, gate, options, known)
+    except Exception as error:  # a mistake of ours must not take the user's model down
+        job = Job(found, None, "kept", None, None, None)
+        job.stumble(error)
+        return job
 
 
 def _plan(found: Found, gate: Rewriter, options: Options, known: Mapping[str, int]) -> Job:

@@ -13,7 +13,7 @@ def copy_program(program: ExportedProgram) -> ExportedProgram:
 
     Sharing all tensors and the sub-graphs of higher-order calls.
     """
-    return ExportedProgram(
+    copied = ExportedProgram(
         root=program.graph_module,
         graph=copy.deepcopy(program.graph),
         graph_signature=copy.deepcopy(program.graph_signature),
@@ -24,6 +24,8 @@ def copy_program(program: ExportedProgram) -> ExportedProgram:
         constants=dict(program.constants),
         verifiers=program.verifiers,
     )
+    copied.graph_module.meta.update(program.graph_module.meta)
+    return copied
 
 
 def fix_outputs(program: ExportedProgram) -> None:

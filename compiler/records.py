@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import fx
 
+from attnc import logs
 from attnc import verify as checks
 from attnc.codes import advice
 from attnc.cost import Cost
@@ -21,6 +22,12 @@ from attnc.passes.analyze.source import blocking_op, blocking_source
 from attnc.passes.detect import Found
 from attnc.passes.detect.graph import module_path, source_line
 from attnc.report import SiteRecord
+
+log = logs.get("rewrite")
+INTERNAL = "internal-error"
+"""The code where a stage of ours raised."""
+_KEPT = frozenset({"already-fused"})
+"""Codes of what is recognised, and left alone on purpose."""
 
 
 @dataclass
@@ -35,7 +42,7 @@ class Job:
     status: str
     miss: Miss | None
     gain: float | None
-    price: Cost
+    price: Cost | None
     passed: tuple[Miss, ...] = ()
     new_output: str = ""
     check: checks.Check | None = None
@@ -47,10 +54,22 @@ class Job:
         self.plan, self.status = None, "kept"
         self.miss = Miss("failed-verification", self.found.match.output, why)
 
+    def stumble(self, error: Exception) -> None:
+        """Leave the site as it was because a stage raised on it."""
+        log.warning("%s: a stage raised", self.found.match.site.id, exc_info=error)
+        self.plan, self.status = None, "kept"
+        self.miss = Miss(INTERNAL, self.found.match.output, f"{said(error)}; the site runs as it was")
+
     @property
     def reason(self) -> str:
         """The text of the report: a code and a sentence, or why kernels were passed over."""
         return reason_of(self.miss) if self.miss is not None else "; ".join(m.why for m in self.passed)
+
+
+def said(error: BaseException) -> str:
+    """Return an error in one line: its type and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def reason_of(miss: Miss) -> str:
@@ -83,8 +102,8 @@ def site_record(job: Job, nodes: Mapping[str, fx.Node]) -> SiteRecord:
         reason=job.reason,
         error=job.check.error if job.check else None,
         tolerance=job.check.tolerance if job.check else None,
-        flops=job.price.flops,
-        bytes=job.price.bytes,
+        flops=job.price.flops if job.price else None,
+        bytes=job.price.bytes if job.price else None,
         predicted_gain=job.gain,
         conditions=list(m.conditions),
         details=details,
@@ -106,7 +125,7 @@ def missed_record(miss: Miss, name: str, nodes: Mapping[str, fx.Node]) -> SiteRe
         "",
         "",
         "SAME",
-        "missed",
+        "kept" if miss.code in _KEPT else "missed",
         reason_of(miss),
         details={"node": miss.node},
         **_blocking(miss, nodes),

@@ -96,7 +96,8 @@ class Report:
     """All that happened to one model.
 
     ``linears`` lists linear layers that were quantized (``module``, ``form``, ``error``, ...); ``checks``
-    holds whole-model comparisons, such as ``{"max_error": 1e-6, "cosine": 1.0}``.
+    holds whole-model comparisons, such as ``{"max_error": 1e-6, "cosine": 1.0}``.  ``coverage`` says how each
+    module was captured (``module``, ``how``: whole, dynamo, piece or none, ``reason``); '' is the model.
     """
 
     version: str
@@ -107,6 +108,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     linears: list[dict[str, Any]] = field(default_factory=list)
     checks: dict[str, Any] = field(default_factory=dict)
+    coverage: list[dict[str, str]] = field(default_factory=list)
 
     def counts(self) -> dict[Status, int]:
         """Return how many sites have each status; all three keys are there."""
@@ -127,6 +129,7 @@ class Report:
             "warnings": list(self.warnings),
             "linears": jsonable(self.linears),
             "checks": jsonable(self.checks),
+            "coverage": jsonable(self.coverage),
         }
 
     def to_json(self) -> str:
@@ -171,6 +174,8 @@ class Report:
                 "  whole model: "
                 + ", ".join(f"{k} {_plain(v)}" for k, v in self.checks.items() if v not in ("", None))
             )
+        if any(c["how"] != "whole" for c in self.coverage):
+            lines.append(f"  coverage: {coverage_text(self.coverage)}")
         if self.stages:
             lines.append("  time: " + ", ".join(f"{s.name} {_seconds(s.seconds)}" for s in self.stages))
         return "\n".join([*lines, *(f"  warning: {w}" for w in self.warnings)])
@@ -202,6 +207,17 @@ def site_lines(sites: Sequence[SiteRecord], width: int) -> list[str]:
     room[1] = max(12, min(room[1], width - fixed - room[0]))
     cells = ([clip(cell, w).ljust(w) for cell, w in zip(row, room, strict=True)] for row in rows)
     return ["  ".join(row).rstrip() for row in cells]
+
+
+def coverage_text(coverage: Sequence[Mapping[str, str]]) -> str:
+    """Return how the modules were captured in one line, ``by Dynamo: the model; not: router (reason)``."""
+    words = {"whole": "whole", "dynamo": "by Dynamo", "piece": "piece by piece"}
+    parts = []
+    for how, word in words.items():
+        names = [c["module"] or "the model" for c in coverage if c["how"] == how]
+        parts += [f"{word}: {', '.join(names)}"] if names else []
+    left = [f"{c['module'] or 'the model'} ({c['reason']})" for c in coverage if c["how"] == "none"]
+    return "; ".join(parts + ([f"not: {', '.join(left)}"] if left else []))
 
 
 def way(site: SiteRecord) -> str:

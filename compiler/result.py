@@ -14,11 +14,10 @@ call.
 from __future__ import annotations
 
 import copy
-import inspect
+import functools
 import threading
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -29,7 +28,9 @@ from attnc import logs
 from attnc.capture_key import HOOKS, Tree, being_traced, harmless, kind, opaque
 from attnc.capture_program import Program
 from attnc.capture_trial import ForwardError
-from attnc.errors import CaptureError, CheckpointError
+from attnc.errors import CaptureError
+from attnc.result_ladder import Doors, Ladder
+from attnc.result_lazy import InstanceForward, LazyForward
 
 log = logs.get("capture")
 
@@ -51,9 +52,8 @@ def clone_module(model: nn.Module) -> nn.Module:
         CaptureError: something the module holds cannot be copied.
     """
     memo: dict[int, Any] = {id(t): t for t in _tensors(model)}
-    forward = vars(model).get("forward")
-    if isinstance(forward, (Dispatcher, LazyForward)):
-        memo[id(forward)] = None
+    ours = [n for n, m in model.named_modules() if isinstance(vars(m).get("forward"), InstanceForward)]
+    memo |= {id(vars(model.get_submodule(n))["forward"]): None for n in ours}
     try:
         clone = copy.deepcopy(model, memo)
     except Exception as error:  # whatever the copied attributes raise
@@ -61,8 +61,8 @@ def clone_module(model: nn.Module) -> nn.Module:
             f"{type(model).__name__}: expected a module that can be copied, as it is never changed;\n"
             f"  found {type(error).__name__}: {error}"
         ) from error
-    if isinstance(forward, (Dispatcher, LazyForward)):
-        clone.__dict__.pop("forward", None)  # a GraphModule does not copy it
+    for name in ours:
+        clone.get_submodule(name).__dict__.pop("forward", None)  # a GraphModule does not copy it
     return clone
 
 
@@ -78,20 +78,19 @@ def make_result(
     build: Build | None,
     *,
     lazy: Callable[..., Any] | None = None,
-    fallback: Callable[..., Any] | None = None,
+    fallback: Doors | None = None,
     report: HasWarnings,
 ) -> nn.Module:
     """Return a clone of ``model`` that runs captured programs; ``model`` itself is never changed.
 
     ``build(plain_clone, args, kwargs)`` captures and edits a program for one kind of call; None means that
     the class's own forward is to be used for it.  With ``lazy``, a Dynamo backend, the forward is compiled
-    piece by piece instead. ``fallback``, a Dynamo backend too, serves the kinds of call whose capture as a
-    whole fails.
+    piece by piece instead. ``fallback`` serves the kinds of call whose capture as a whole fails.
 
     Raises:
         CaptureError: the module cannot be copied, or its ``forward`` was replaced on the instance.
     """
-    if "forward" in vars(model) and not isinstance(vars(model)["forward"], (Dispatcher, LazyForward)):
+    if "forward" in vars(model) and not isinstance(vars(model)["forward"], InstanceForward):
         raise CaptureError(
             f"{type(model).__name__}: expected the class's own forward, found one set on the instance\n"
             "  try: pass the module as it was before torch.compile or accelerate wrapped it, for example"
@@ -111,51 +110,20 @@ def make_result(
     return clone
 
 
-class _InstanceForward:
-    """What both kinds of forward share: the class's forward, its signature, and no pickling."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._original = types.MethodType(type(model).forward, model)
-        self.__signature__ = inspect.signature(self._original)
-        self.__doc__ = self._original.__doc__
-        self.__code__ = inspect.unwrap(type(model).forward).__code__  # torch.export names its sources by it
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        """Refuse to be pickled: a captured program is no part of a pickle."""
-        raise CheckpointError(
-            f"an optimized {type(self._model).__name__} cannot be pickled\n"
-            "  try: attnc.save(fast, directory) and attnc.load(directory),"
-            " or torch.save(fast.state_dict(), path)"
-        )
-
-
-class LazyForward(_InstanceForward):
-    """The class's forward, compiled at the first call by a Dynamo backend."""
-
-    def __init__(self, model: nn.Module, backend: Callable[..., Any]) -> None:
-        super().__init__(model)
-        self._backend = backend
-        self._compiled = torch.compile(self._original, backend=backend)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the call as the class's forward would, in compiled pieces."""
-        return self._compiled(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> LazyForward:
-        return LazyForward(memo.get(id(self._model), self._model), self._backend)
-
-
-class Dispatcher(_InstanceForward):
+class Dispatcher(InstanceForward):
     """Choose, for each call, a captured program or the class's own forward."""
 
     def __init__(
-        self, model: nn.Module, build: Build, report: HasWarnings, fallback: Callable[..., Any] | None = None
+        self, model: nn.Module, build: Build, report: HasWarnings, fallback: Doors | None = None
     ) -> None:
         super().__init__(model)
         self._build = build
-        self._backend = fallback
-        self._fallback = None if fallback is None else LazyForward(model, fallback)
+        self._doors = fallback
+        self._ladder = None
+        if fallback is not None:
+            self._ladder = Ladder(
+                model, fallback, plain=self._plain_clone, prepare=self._prepare_piece, tell=self._tell
+            )
         self._report = report
         self._told: set[str] = set()
         parameters = self.__signature__.parameters.values()
@@ -189,11 +157,63 @@ class Dispatcher(_InstanceForward):
         program = self._find(key, leaves)
         if program is None and not being_traced():
             program = self._capture(key, leaves, call)
-        if program is not None:
+            if program is not None and not program.loses_gradients(leaves):
+                try:
+                    return program(leaves)
+                except Exception as error:  # torch exports graphs that do not run, around vmap for one
+                    self._discard(program, key, error)
+                    program = None
+        if program is not None and not program.loses_gradients(leaves):
             return program(leaves)
-        if self._fallback is not None and not being_traced() and key in self._failed_keys:
-            return self._fallback(*args, **kwargs)
+        if self._ladder is not None and not being_traced() and (program or key in self._failed_keys):
+            return self._ladder(key, args, kwargs)
         return self._original(*args, **kwargs)
+
+    def prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        """Capture for this kind of call, if that has not been done; return why it cannot be, '' if it can."""
+        call, tree = self._canonical(args, kwargs), self._current_tree()
+        if call is None or tree is None:
+            return "its call does not fit its signature, or it has hooks"
+        leaves, spec = pytree.tree_flatten(call, is_leaf=_is_no_container)
+        kinds = tuple([kind(leaf) for leaf in leaves])
+        if None in kinds:
+            return f"it is called with an argument of type {opaque(leaves)}"
+        key = (spec, kinds, tree.state())
+        if self._find(key, leaves) is not None:
+            return ""
+        try:
+            exported = self._build(self._plain_clone(), *call)
+        except CaptureError as error:
+            return _reason(error)
+        program = None if exported is None else Program(exported, self._model)
+        if program is not None and program.valid(leaves):
+            self._programs = (*self._programs, (key, program))
+        return ""
+
+    @property
+    def has_programs(self) -> bool:
+        """Whether any program was captured."""
+        return bool(self._programs)
+
+    def _prepare_piece(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Give the submodule at ``path`` a dispatcher with a program for this kind of call."""
+        module = self._model.get_submodule(path)
+        forward = vars(module).get("forward")
+        if self._doors is None or self._doors.piece is None or not isinstance(forward, Dispatcher | None):
+            return "its forward was replaced on the instance"
+        build = functools.partial(self._doors.piece, path)
+        dispatcher = Dispatcher(module, build, self._report) if forward is None else forward
+        reason = dispatcher.prepare(args, kwargs)
+        if dispatcher.has_programs:
+            module.__dict__["forward"] = dispatcher
+        return reason
+
+    def _discard(self, program: Program, key: Any, error: Exception) -> None:
+        """Forget a program that raised where it was first run."""
+        self._programs = tuple(p for p in self._programs if p[1] is not program)
+        self._original_keys.add(key)
+        self._failed_keys.add(key)
+        self._tell(f"a captured program is not used, because it raised {type(error).__name__}: {error}")
 
     def _canonical(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -273,7 +293,7 @@ class Dispatcher(_InstanceForward):
         except CaptureError as error:
             served = (
                 "the original forward runs"
-                if self._fallback is None
+                if self._ladder is None
                 else "the forward is compiled piece by piece"
             )
             self._tell(f"{served}, because capture failed: {error}")
@@ -323,10 +343,17 @@ class Dispatcher(_InstanceForward):
     def __deepcopy__(self, memo: dict[int, Any]) -> Dispatcher:
         """Bind the same programs to the copied module, which is complete only when it is first called."""
         model = memo.get(id(self._model), self._model)
-        other = Dispatcher(model, self._build, copy.deepcopy(self._report, memo), self._backend)
+        other = Dispatcher(model, self._build, copy.deepcopy(self._report, memo), self._doors)
         with _CAPTURING:
             other._inherited = self._inherited + tuple((key, p.exported) for key, p in self._programs)
         return other
+
+
+def _reason(error: CaptureError) -> str:
+    """Return in one line why a capture failed: what torch said, where it did."""
+    cause = error.__cause__ or error
+    lines = str(cause).strip().splitlines() or [type(cause).__name__]
+    return f"{type(cause).__name__}: {lines[0]}"
 
 
 def _is_no_container(value: object) -> bool:

@@ -19,6 +19,7 @@ import attnc.result
 from attnc.capture import capture_export, make_backend
 from attnc.errors import AttncError, CaptureError
 from attnc.result import clone_module, make_result
+from attnc.result_ladder import Doors
 
 aten = torch.ops.aten
 
@@ -356,7 +357,7 @@ def test_a_failed_capture_runs_the_original_and_says_so_once() -> None:
 def test_a_failed_capture_can_fall_back_to_pieces() -> None:
     pieces = []
     backend = make_backend(lambda captured: pieces.append(captured) is not None)
-    model, fast, notes, _ = make(ReadsValues().eval(), fallback=backend)
+    model, fast, notes, _ = make(ReadsValues().eval(), fallback=Doors(backend))
     torch.testing.assert_close(fast(torch.ones(3, 4)), model(torch.ones(3, 4)))
     assert any("linear.weight" in piece.fqn.values() for piece in pieces)
     assert "compiled piece by piece" in notes.warnings[0]

@@ -13,6 +13,7 @@ from attnc.ir import Miss
 from attnc.passes.detect.calls import fused_calls
 from attnc.passes.detect.describe import describe
 from attnc.passes.detect.env import Env
+from attnc.passes.detect.flex import flex_calls
 from attnc.passes.detect.found import Computed, Found
 from attnc.passes.detect.graph import module_path
 from attnc.passes.detect.layout import Recipe
@@ -58,7 +59,7 @@ def detect(
     for item in unnormalized(work, env, taken):
         anchor = item.node if isinstance(item, Miss) else item.anchor.weights.name
         items.append((order[anchor], item, anchor))
-    for call in fused_calls(work, env):
+    for call in (*fused_calls(work, env), *flex_calls(work)):
         anchor = call.node if isinstance(call, Miss) else call.anchor.weights.name
         items.append((order[anchor], call, anchor))
     for _, item, anchor in sorted(items, key=lambda t: t[0]):
@@ -76,6 +77,12 @@ def detect(
 
 
 def _described(item: Skeleton | Pieces | Miss, env: Env, name: str) -> Found | Miss:
-    if isinstance(item, Pieces):
-        return describe_pieces(item, env, name)
-    return item if isinstance(item, Miss) else describe(item, env, name)
+    """Describe one site; one on which a rule raises is a miss, so that it costs no other site."""
+    if isinstance(item, Miss):
+        return item
+    try:
+        return describe_pieces(item, env, name) if isinstance(item, Pieces) else describe(item, env, name)
+    except Exception as error:  # a mistake of ours must not take the user's model down
+        log.warning("%s: a rule raised", name, exc_info=error)
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return Miss("internal-error", item.anchor.weights.name, f"a rule raised {said}")

@@ -114,24 +114,17 @@ def strides(sizes: Sequence[Expr]) -> Iterator[Expr]:
 def module_path(node: fx.Node) -> tuple[str, str]:
     """Return the dotted path of the innermost module that ran the node, and its class name.
 
-    The root's path is ''.
+    The root's path is ''.  Dynamo writes ``L['self']._modules['layers'][0]`` where export
+    writes ``layers.0``.
     """
     stack = node.meta.get("nn_module_stack") or {}
-    best, kind = "", ""
-    for path, cls in stack.values():
-        text = str(path)
-        name = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", text)
-        name = (
-            re.sub(r"^(L|self|G)?\.?(self\.)?", "", name)
-            if name.startswith(("L.", "L[", "self", "G"))
-            else name
-        )
-        name = name.replace("_modules.", "").removeprefix("self.").strip(".")
-        best, kind = (
-            ("" if name == "self" else name),
-            (cls if isinstance(cls, str) else getattr(cls, "__name__", str(cls))),
-        )
-    return best, kind.rpartition(".")[2]
+    if not stack:
+        return "", ""
+    path, cls = list(stack.values())[-1]
+    name = re.sub(r"^(?:[LG]\['\w+'\]|self)(?=[.\[]|$)", "", str(path))
+    name = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", name).replace("_modules.", "").strip(".")
+    kind = cls if isinstance(cls, str) else getattr(cls, "__name__", str(cls))
+    return name, kind.rpartition(".")[2]
 
 
 def source_line(node: fx.Node) -> str:
@@ -140,7 +133,7 @@ def source_line(node: fx.Node) -> str:
     Only the file's name is kept.  Frames inside torch count only where there are no others.
     """
     trace = node.meta.get("stack_trace") or ""
-    found = re.findall(r'File "([^"]+)", line (\d+)', trace)
+    found = re.findall(r'File "([^"<][^"]*)", line (\d+)', trace)  # "<eval_with_key>.3" is no file
     own = [f for f in found if not f[0].startswith(_TORCH)] or found
     return f"{own[-1][0].rpartition('/')[2]}:{own[-1][1]}" if own else ""
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
-from attnc.errors import RewriteError
+from attnc.errors import RewriteError, UnknownSiteError
 from attnc.ir import AttentionSpec, Contract, Miss
 from attnc.passes.rewrite.fuse.fused import Fused
 from attnc.passes.rewrite.quant.w8a8 import W8A8
@@ -70,12 +70,12 @@ class Forms:
         """Raise unless every pattern names some site.
 
         Raises:
-            RewriteError: a pattern matches none of ``modules``; the message lists those that exist.
+            UnknownSiteError: a pattern matches none of ``modules``; the message lists those that exist.
         """
         for pattern, _ in self.rules:
             if pattern != "*" and not any(_matches(pattern, m) for m in modules):
                 known = ", ".join(sorted(set(modules))) or "none: no attention was found"
-                raise RewriteError(
+                raise UnknownSiteError(
                     f"forms: expected a pattern that matches a site, found {pattern!r}; there are: {known}"
                 )
 

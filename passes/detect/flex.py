@@ -1,0 +1,29 @@
+"""Name calls of ``flex_attention``: attention that is fused already, by a kernel made for its own mods.
+
+Its ``score_mod`` and ``mask_mod`` are sub-graphs of the call.  They run fused as they are, so that there is
+nothing to gain from reading them; the site is named so that a report does not pass over it in silence.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from attnc.ir import Miss
+
+_CALLS = frozenset({"flex_attention", "flex_attention_backward"})
+
+
+def flex_calls(graph: fx.Graph) -> list[Miss]:
+    """Return one ``already-fused`` per call of ``flex_attention`` in ``graph``, in node order."""
+    return [_named(n) for n in graph.nodes if is_flex(n)]
+
+
+def is_flex(node: fx.Node) -> bool:
+    """Say whether ``node`` is a call of the higher-order op ``flex_attention``."""
+    return isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in _CALLS
+
+
+def _named(node: fx.Node) -> Miss:
+    why = "the model calls flex_attention here, whose score_mod and mask_mod already run in one fused kernel"
+    return Miss("already-fused", node.name, why)
