@@ -110,7 +110,7 @@ OPERANDS = (
     Code(
         "pieces-differ",
         "Give all pieces one query, one scale, and masks that are added as tensors.",
-        "The weights of one softmax meet values in several contractions, as block-sparse attention does. With "
+        "The weights of one softmax meet values in several contractions, as in block-sparse attention. With "
         "the keys side by side that is one attention, if the pieces have the same queries, scale and layout; "
         "one of them does not.",
     ),

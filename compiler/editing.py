@@ -264,11 +264,13 @@ def _looks(x: Any) -> Any:
 class SharedMemory:
     """Which nodes of a graph share memory, if any node writes at all; worked out at the first question.
 
-    Nodes that are added later share nothing that is known here.
+    Nodes that are added later share nothing that is known here.  ``alive`` are nodes whose values are known
+    to be read in the end.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
+        self.alive: set[fx.Node] = set()
         self._alike: dict[fx.Node, list[fx.Node]] | None = None
 
     def of(self, node: fx.Node) -> list[fx.Node]:
@@ -317,12 +319,28 @@ def erase(
         )
 
     def doomed(node: fx.Node) -> bool:
-        """Say whether all that is made from ``node`` ends in asserts, or in memory that nobody reads."""
-        if node.op != "call_function" or node.name in keep:
-            return False
-        if _metadata_only(node):
-            return True
-        return closed(node) if writes(node) else all(map(doomed, node.users))
+        """Say whether all that is made from ``node`` ends in asserts, or in memory that nobody reads.
+
+        What is found alive stays so for later calls: to leave too much is safe.
+        """
+        path = [iter([node])]
+        walked: list[fx.Node] = []
+        while path:
+            n = next(path[-1], None)
+            if n is None:
+                path.pop()
+                del walked[max(0, len(path) - 1) :]
+            elif n.op != "call_function" or n.name in keep or n in shared.alive:
+                shared.alive.update(walked)
+                return False
+            elif writes(n):
+                if not closed(n):
+                    shared.alive.update((*walked, n))
+                    return False
+            elif not _metadata_only(n):
+                walked.append(n)
+                path.append(iter(list(n.users)))
+        return True
 
     def drop_with_users(node: fx.Node) -> None:
         for user in list(node.users):
