@@ -177,6 +177,7 @@ def _rewrite_and_check(
             continue
         if not failed:
             if outcome.runtime is None and live:
+                assert outcome.graph is not None, "the graph was rewritten"
                 captured.owner.graph = outcome.graph
                 captured.graph = captured.owner.graph
             stumbled = [j for j in jobs if j.miss is not None and j.miss.code == INTERNAL]

@@ -296,7 +296,7 @@ def _pieces(anchor: Anchor, reached: Reached, env: Env) -> Pieces | Miss:
 
 def _sum_of(nodes: list[fx.Node]) -> list[fx.Node] | None:
     """Return the additions that sum ``nodes`` and nothing else, the last one last; None if there are none."""
-    left, added = set(nodes), []
+    left, added = set(nodes), list[fx.Node]()
     while len(left) > 1:
         step = next(
             (
