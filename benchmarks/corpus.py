@@ -38,7 +38,7 @@ class Tool:
 
 TOOLS = (
     Tool("attnc", "attnc", "attnc", "zoo.attnc_tool:attnc", ("torch", "transformers"), True),
-    Tool("inductor", "Inductor's matcher", "inductor", "inductor", ("torch",)),
+    Tool("inductor", "Inductor's matcher", "peers:spelling_inductor", "inductor", ("torch",)),
     Tool(
         "ort_fusions",
         "onnxscript ort_fusions",
