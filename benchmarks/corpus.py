@@ -88,6 +88,10 @@ class Corpus:
         """Return the names of the spellings in order."""
         return list(self.spellings().CASES)
 
+    def kind(self, case: str) -> str:
+        """Return "other" for a spelling that is no plain softmax attention, "softmax" for the rest."""
+        return "other" if case in self.spellings().OTHER else "softmax"
+
     def zoo_names(self, sample: int) -> list[str]:
         """Return the zoo's public names as its own runner lists them, one in ``sample``."""
         argv = ["--list", *(["--sample", str(sample)] if sample > 1 else [])]
