@@ -38,7 +38,7 @@ class Tool:
 
 TOOLS = (
     Tool("attnc", "attnc", "attnc", "zoo.attnc_tool:attnc", ("torch", "transformers"), True),
-    Tool("inductor", "Inductor's matcher", "inductor", "inductor", ("torch",)),
+    Tool("inductor", "Inductor's matcher", "peers:spelling_inductor", "inductor", ("torch",)),
     Tool(
         "ort_fusions",
         "onnxscript ort_fusions",
@@ -87,6 +87,10 @@ class Corpus:
     def spelling_names(self) -> list[str]:
         """Return the names of the spellings in order."""
         return list(self.spellings().CASES)
+
+    def kind(self, case: str) -> str:
+        """Return "other" for a spelling that is no plain softmax attention, "softmax" for the rest."""
+        return "other" if case in self.spellings().OTHER else "softmax"
 
     def zoo_names(self, sample: int) -> list[str]:
         """Return the zoo's public names as its own runner lists them, one in ``sample``."""

@@ -37,6 +37,14 @@ def _as_spelling(
     return [site] * count
 
 
+def spelling_inductor(module: torch.nn.Module, args: tuple[Any, ...]) -> list[dict[str, Any]]:
+    """Count what Inductor's matcher fuses in a spelling, with code generation cut off as in the zoo."""
+    from zoo.tools import inductor
+
+    site = {"status": "rewritten", "spec": "sdpa pattern", "mask": "", "reason": ""}
+    return [site] * inductor(module, args)
+
+
 def spelling_ort_fusions(module: torch.nn.Module, args: tuple[Any, ...]) -> list[dict[str, Any]]:
     """Run onnxscript's ort_fusions on a spelling."""
     from zoo.tools_onnx import ort_fusions

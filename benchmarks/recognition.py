@@ -10,9 +10,9 @@ attention, and tiny versions of public models, each with the number of sites tha
 
 Every model runs in a process of its own, with a time limit.  Rows are kept in ``build/recognition`` as they
 come, so a run that was broken off goes on where it stopped; a row is used again only while corpus, adapters
-and, for attnc, its sources are the same.  The results of the tools that ran take their places in
-``benchmarks/results/recognition.json``, in the table ``recognition.md`` and in the README; those of other
-tools stay.  With ``--only`` nothing but the kept rows is written.
+and, for attnc, its sources are the same, and not if the time was up.  The results of the tools that ran take
+their places in ``benchmarks/results/recognition.json``, in the table ``recognition.md`` and in the README;
+those of other tools stay.  With ``--only`` nothing but the kept rows is written.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def rows_of(
     file = KEPT / f"{name}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     kept = [json.loads(x) for x in file.read_text().splitlines()] if file.is_file() and not fresh else []
-    known = {r["name"]: r for r in kept if r["stamp"] == stamp}
+    known = {r["name"]: r for r in kept if r["stamp"] == stamp and not _ran_out(r)}
     todo = [j for j in jobs if j not in known]
     print(f"{name}: {len(jobs)} runs, {len(jobs) - len(todo)} kept", flush=True)
     start = time.monotonic()
@@ -61,6 +61,11 @@ def rows_of(
             if i % 25 == 0 or i == len(todo):
                 print(f"  {i} of {len(todo)} in {time.monotonic() - start:.0f} s", flush=True)
     return [{k: v for k, v in known[j].items() if k != "stamp"} for j in jobs]
+
+
+def _ran_out(row: Row) -> bool:
+    """Say whether a row says no more than that the time was up, which another run may not say."""
+    return "time limit" in f"{row.get('why', '')} {row.get('raised', '')}"
 
 
 def run_tool(corpus: Corpus, tool: Tool, parts: Sequence[str], a: argparse.Namespace) -> Row:
@@ -76,6 +81,8 @@ def run_tool(corpus: Corpus, tool: Tool, parts: Sequence[str], a: argparse.Names
             else partial(run_model, corpus, tool, limit=a.limit)
         )
         rows = rows_of(f"{part}_{tool.name}", jobs, stamp, work, a.limit, a.fresh)
+        if part == "spellings":
+            rows = [{"kind": corpus.kind(r["name"]), **r} for r in rows]
         rows = [r for r in rows if r.get("status") != "skip"]
         totals = scoreboard.sum_spellings(rows) if part == "spellings" else scoreboard.sum_models(rows)
         sample = {"sample": a.sample} if part == "zoo" else {}
