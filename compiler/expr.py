@@ -108,9 +108,12 @@ def eq0(p: Expr) -> Expr:
         return TRUE if n == 0 else FALSE
     if nonneg(sub(p, ONE), upper=False) or nonneg(sub(neg(p), ONE), upper=False):
         return FALSE
+    g = math.gcd(*(c for m, c in terms(p) if m))
+    if any(c % g for m, c in terms(p)):
+        return FALSE
     if terms(p)[-1][1] < 0:
-        p = neg(p)
-    return Expr("eq0", p)
+        g = -g
+    return Expr("eq0", from_terms({m: c // g for m, c in terms(p)}))
 
 
 def not_(c: Expr) -> Expr:
@@ -135,10 +138,35 @@ def _connect(op: str, cs: Iterable[Expr], unit: Expr, zero: Expr) -> Expr:
                 return zero
             if part != unit:
                 flat[part.key] = part
-    parts = tuple(flat[k] for k in sorted(flat))
-    if any(not_(a).key in flat for a in parts if a.op in ("not", "le0")):
+    if any(not_(a).key in flat for a in flat.values() if a.op in ("not", "le0")):
         return zero
+    short = _absorbed(op, flat) if 1 < len(flat) <= ABSORBED else None
+    if short is not None:
+        return _connect(op, short, unit, zero)
+    parts = tuple(flat[k] for k in sorted(flat))
     return unit if not parts else parts[0] if len(parts) == 1 else Expr(op, parts)
+
+
+ABSORBED = 12
+"""Parts of the longest connective that is searched for parts that say nothing new."""
+
+
+def _absorbed(op: str, flat: dict[str, Expr]) -> list[Expr] | None:
+    """Return shorter parts by ``a | (a & x) == a`` and ``a | (~a & x) == a | x``; None if there are none."""
+    dual = "or" if op == "and" else "and"
+    inner = [p for p in flat.values() if p.op == dual]
+    if not inner:
+        return None
+    against = {not_(p).key for p in flat.values() if p.op in ("le0", "not", "load", "eq0")}
+    out, changed = [], False
+    for p in flat.values():
+        if p.op == dual and any(x.key in flat for x in p.args[0]):
+            changed = True
+            continue
+        left = [x for x in p.args[0] if x.key not in against] if p.op == dual else [p]
+        changed = changed or (p.op == dual and len(left) < len(p.args[0]))
+        out.append(p if p.op != dual else (and_ if dual == "and" else or_)(*left))
+    return out if changed else None
 
 
 def and_(*cs: Expr) -> Expr:

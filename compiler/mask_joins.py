@@ -11,6 +11,9 @@ from attnc.formula import POSITIONS, SK, SQ, SYMBOLS, K, Q, fold, renamed
 from attnc.intervals import FAR, Intervals
 from attnc.mask_atoms import FULL, Align, And, Band, Dense, Formula, Full, Mask, Not, Or, Padding, Range
 
+NOTHING = Not(FULL)
+"""No key is visible."""
+
 
 def both(*parts: Mask) -> Mask:
     """Return the conjunction of ``parts``, flattened, without repeats and ``Full``.
@@ -28,8 +31,12 @@ def both(*parts: Mask) -> Mask:
             right = min((b.right for b in bands if b.right is not None), default=None)
             at = flat.index(bands[0])
             flat = [p for p in flat if p not in bands]
+            if left is not None and right is not None and left + right < 0:
+                return NOTHING
             flat.insert(at, Band(left, right, align))
     flat = list(dict.fromkeys(flat))
+    if NOTHING in flat:
+        return NOTHING
     return Full() if not flat else flat[0] if len(flat) == 1 else And(tuple(flat))
 
 
@@ -41,7 +48,7 @@ def either(*parts: Mask) -> Mask:
     flat: list[Mask] = []
     for p in parts:
         flat += p.parts if isinstance(p, Or) else [p]
-    flat = _joined(list(dict.fromkeys(flat)))
+    flat = _joined(list(dict.fromkeys(p for p in flat if p != NOTHING))) or [NOTHING]
     if any(isinstance(p, Full) for p in flat):
         return Full()
     return flat[0] if len(flat) == 1 else Or(tuple(flat))

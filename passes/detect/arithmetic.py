@@ -44,10 +44,9 @@ def held(x: Expr, dtype: torch.dtype) -> Expr | None:
         return to_bool(x)
     if E.is_bool(x):
         x = E.where(x, *((ONE, ZERO) if not dtype.is_floating_point else (E.real(1.0), E.real(0.0))))
-    choice = _choice(x)
-    if choice is not None:
-        arms = [held(arm, dtype) for arm in choice.args[1:]]
-        return None if arms[0] is None or arms[1] is None else E.where(choice.args[0], arms[0], arms[1])
+    if x.op == "where":
+        arms = [held(arm, dtype) for arm in x.args[1:]]
+        return None if arms[0] is None or arms[1] is None else E.where(x.args[0], arms[0], arms[1])
     if dtype.is_floating_point:
         return _in_float(x, dtype)
     if x.op == "const":
@@ -55,10 +54,28 @@ def held(x: Expr, dtype: torch.dtype) -> Expr | None:
     return x if not E.is_int(x) or _fits(x, dtype) else None
 
 
-def _choice(x: Expr) -> Expr | None:
-    """Return the ``where`` that ``x`` is, as a float or as an integer."""
-    g = E.only_generator(x) if E.is_int(x) else x
-    return g if g is not None and g.op == "where" else None
+def _choice(x: Expr) -> tuple[Expr, Expr, Expr] | None:
+    """Return (condition, value if it holds, value if not) of a piecewise value.
+
+    In a sum of integers the first piecewise term chooses.
+    """
+    if x.op == "where":
+        c, a, b = x.args
+        return c, a, b
+    gs = _piecewise(x)
+    if not gs:
+        return None
+    g, k = gs[0]
+    rest = E.sub(x, E.mul(E.integer(k), E.generator(g)))
+    a, b = (E.add(rest, E.mul(E.integer(k), arm)) for arm in g.args[1:])
+    return g.args[0], a, b
+
+
+def _piecewise(x: Expr) -> list[tuple[Expr, int]]:
+    """Return the piecewise terms of an integer with their factors."""
+    if not E.is_int(x):
+        return []
+    return [(m[0], k) for m, k in E.terms(x) if len(m) == 1 and m[0].op == "where"]
 
 
 def _in_float(x: Expr, dtype: torch.dtype) -> Expr | None:
@@ -116,9 +133,9 @@ def to_bool(x: Expr) -> Expr:
     """Return ``x != 0``."""
     if E.is_bool(x):
         return x
-    choice = _choice(x)
+    choice = _choice(x) if _pieces(x) <= PIECES else None
     if choice is not None:
-        return E.where(choice.args[0], to_bool(choice.args[1]), to_bool(choice.args[2]))
+        return E.where(choice[0], to_bool(choice[1]), to_bool(choice[2]))
     if E.is_int(x):
         return E.not_(E.eq0(x))
     n = E.as_number(x)
@@ -140,19 +157,21 @@ def to_int(x: Expr) -> Expr | None:
 
 # ---------------------------------------------------------------- operations
 
-PIECES = 16
+PIECES = 6
 """The most pairs of arms that an operation on two piecewise values is carried into."""
 
 
 def _pieces(x: Expr) -> int:
     """Return the number of arms of a piecewise value."""
-    choice = _choice(x)
-    return 1 if choice is None else sum(map(_pieces, choice.args[1:]))
+    if x.op == "where":
+        return _pieces(x.args[1]) + _pieces(x.args[2])
+    return math.prod(_pieces(g.args[1]) + _pieces(g.args[2]) for g, _ in _piecewise(x))
 
 
 def _may_multiply(a: Expr, b: Expr) -> bool:
-    m, n = _pieces(a), _pieces(b)
-    return m == 1 or n == 1 or m * n <= PIECES
+    """Say whether an operation on all pairs of arms stays small; one piecewise value may have many arms."""
+    alone = len(_piecewise(a)) + len(_piecewise(b)) + (a.op == "where") + (b.op == "where") <= 1
+    return alone or _pieces(a) * _pieces(b) <= PIECES
 
 
 def _lift(f: Callable[[Expr, Expr], Expr | None], a: Expr, b: Expr) -> Expr | None:
@@ -163,10 +182,10 @@ def _lift(f: Callable[[Expr, Expr], Expr | None], a: Expr, b: Expr) -> Expr | No
         choice = _choice(x)
         if choice is None:
             continue
-        arms = [_lift(f, other, arm) if swap else _lift(f, arm, other) for arm in choice.args[1:]]
+        arms = [_lift(f, other, arm) if swap else _lift(f, arm, other) for arm in choice[1:]]
         if arms[0] is None or arms[1] is None:
             return None
-        return E.where(choice.args[0], arms[0], arms[1])
+        return E.where(choice[0], arms[0], arms[1])
     return f(a, b)
 
 
@@ -178,6 +197,8 @@ def arithmetic(op: str, a: Expr, b: Expr) -> Expr:
 
     Exact on integers, folded on constants, else symbolic.
     """
+    if E.is_int(a) and E.is_int(b) and op in ("add", "sub"):
+        return _INTEGER[op](a, b)
     out = _lift(lambda x, y: _plain(op, x, y), a, b)
     return E.call(op, a, b) if out is None else out
 
@@ -220,7 +241,12 @@ def _same_kind(x: Expr, y: Expr) -> tuple[Expr, Expr]:
 
 
 def extreme(op: str, a: Expr, b: Expr) -> Expr | None:
-    """Return the ``max`` or ``min`` of two integers or constants, None for others."""
+    """Return the ``max`` or ``min`` of two integers or constants, None for others.
+
+    Integers are compared whole, so that a later comparison sees the extreme and not its arms.
+    """
+    if E.is_int(a) and E.is_int(b):
+        return _extreme(op, a, b)
     return _lift(lambda x, y: _extreme(op, x, y), a, b)
 
 
@@ -253,6 +279,8 @@ _MIRRORED = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt", "eq": "eq", "ne": "
 
 
 def _compared(op: str, a: Expr, b: Expr) -> Expr | None:
+    if E.is_int(a) and E.is_int(b):
+        a, b, op = _isolated(a, b, op)
     for x, y, how in ((a, b, op), (b, a, _MIRRORED[op])):
         found = _bound(how, x, y)
         if found is not None:
@@ -260,24 +288,48 @@ def _compared(op: str, a: Expr, b: Expr) -> Expr | None:
     return _lift(lambda x, y: _decided(op, x, y), a, b)
 
 
+def _isolated(a: Expr, b: Expr, op: str) -> tuple[Expr, Expr, str]:
+    """Bring the one piecewise term of a comparison to its left side, alone."""
+    d = E.sub(a, b)
+    found = [(m[0], c) for m, c in E.terms(d) if len(m) == 1 and m[0].op == "where"]
+    if len(found) != 1 or abs(found[0][1]) != 1:
+        return a, b, op
+    g, c = E.generator(found[0][0]), found[0][1]
+    rest = E.sub(d, E.mul(E.integer(c), g))
+    return (g, E.neg(rest), op) if c > 0 else (g, rest, _MIRRORED[op])
+
+
 def _bound(op: str, x: Expr, y: Expr) -> Expr | None:
     """Compare a maximum or minimum by its parts: ``max(a, b) <= y`` is ``a <= y`` and ``b <= y``."""
     kind = _extreme_of(x)
-    if kind is None or op in ("eq", "ne"):
+    if kind is None:
         return None
     which, a, b = kind
+    if op in ("eq", "ne"):
+        return _equal_extreme(op, which, a, b, y)
     parts = [_compared(op, a, y), _compared(op, b, y)]
     if parts[0] is None or parts[1] is None:
         return None
     return (E.and_ if (which == "max") == (op in ("le", "lt")) else E.or_)(parts[0], parts[1])
 
 
+def _equal_extreme(op: str, which: str, a: Expr, b: Expr, y: Expr) -> Expr | None:
+    """Return ``max(a, b) == y``: one is y, and the other is not beyond it."""
+    other = "le" if which == "max" else "ge"
+    parts = [_compared(o, x, y) for o, x in (("eq", a), (other, b), ("eq", b), (other, a))]
+    if any(p is None for p in parts):
+        return None
+    p, q, r, s = (x for x in parts if x is not None)
+    same = E.or_(E.and_(p, q), E.and_(r, s))
+    return same if op == "eq" else E.not_(same)
+
+
 def _extreme_of(x: Expr) -> tuple[str, Expr, Expr] | None:
     """Return ("max" or "min", a, b) if an integer ``where`` chooses by the order of its arms."""
-    choice = _choice(x)
-    if choice is None or choice.args[0].op != "le0" or not all(map(E.is_int, choice.args[1:])):
+    g = E.only_generator(x) if E.is_int(x) else None
+    if g is None or g.op != "where" or g.args[0].op != "le0":
         return None
-    c, a, b = choice.args
+    c, a, b = g.args
     for which, d in (("min", E.sub(a, b)), ("max", E.sub(b, a))):
         if c in (E.le0(d), E.le0(E.add(d, ONE))):
             return which, a, b

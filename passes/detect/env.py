@@ -104,6 +104,7 @@ class Env:
 
     def __post_init__(self) -> None:
         self.puller = Puller(self.tensors)
+        self.given_up: dict[str, str] = {}
         self._carries: dict[str, bool] = {}
         self._pure: dict[str, bool] = {}
         self._weight: dict[str, bool] = {}
@@ -239,11 +240,15 @@ class Env:
         return (a, b) if ca and not cb else (b, a) if cb and not ca else None
 
     def derive(self, at: At) -> Expr | None:
-        """Return the closed form of a side operand's element, None when it takes too many terms."""
+        """Return the closed form of a side operand's element, None when it takes too many terms.
+
+        ``given_up`` then has the reason by the operand's name.
+        """
         try:
             return self.puller.value(at.node, at.index)
-        except OverBudgetError:
-            return None
+        except OverBudgetError as e:
+            self.given_up.setdefault(at.node.name, f"its derivation was given up at {e}")
+            return self.puller.constants.at(at.node, at.index)
 
     def scalar(self, x: object) -> float | None:
         """Return a constant argument, else None.

@@ -8,6 +8,8 @@ every length (see ``attnc.expr``).
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,13 +19,18 @@ from torch import fx
 from attnc import expr as E
 from attnc.expr import FALSE, TRUE, Expr
 from attnc.passes.detect.arithmetic import held, literal
-from attnc.passes.detect.graph import base_name, op_name, shape, tensor_of
-from attnc.passes.detect.pull_rules import RULES
+from attnc.passes.detect.constants import Constants
+from attnc.passes.detect.graph import shape, tensor_of
+from attnc.passes.detect.pull_rules import rule_of
 from attnc.passes.detect.views import At, Index, broadcast, stepped
 from attnc.sizes import dim
 
 DEEPEST = 100
 """Ops in a chain that are followed before an operand counts as opaque."""
+
+
+SECONDS = 2.0
+"""A derivation that takes longer is given up, which the count of elements prevents as a rule."""
 
 
 class OverBudgetError(Exception):
@@ -38,11 +45,12 @@ class Puller:
     """
 
     def __init__(self, constants: Mapping[str, torch.Tensor | None] | None = None, limit: int = 4000) -> None:
-        self.constants = constants or {}
+        self.constants = Constants(constants or {})
         self.limit = limit
         self._memo: dict[tuple[str, Index], Expr] = {}
         self._left = limit
         self._depth = 0
+        self._until = math.inf
         self._guards = 0
 
     def value(self, node: fx.Node, index: Index) -> Expr:
@@ -53,6 +61,7 @@ class Puller:
                 ``DEEPEST`` ops followed.
         """
         self._left, self._depth, self._guards = self.limit, 0, 0
+        self._until = time.monotonic() + SECONDS
         return self.at(node, index)
 
     def at(self, node: fx.Node, index: Index) -> Expr:
@@ -62,7 +71,8 @@ class Puller:
         if out is None:
             self._left -= 1
             self._depth += 1
-            if self._left < 0 or self._depth > DEEPEST:
+            late = self._left % 64 == 0 and time.monotonic() > self._until
+            if self._left < 0 or self._depth > DEEPEST or late:
                 raise OverBudgetError(node.name)
             self._memo[key] = out = self._compute(At(node, index))
             self._depth -= 1
@@ -95,11 +105,14 @@ class Puller:
         step = stepped(at)
         if step is not None:
             return self.at(step[0].node, step[0].index)
-        rule = RULES.get(op_name(node)) or RULES.get(base_name(node))
+        rule = rule_of(node)
         out = rule(self, node, at.index) if rule is not None else None
         exact = held(out, t.dtype) if out is not None and not t.dtype.is_complex else None
         if exact is not None:
             return exact
+        fitted = self.constants.at(node, at.index) if out is None else None
+        if fitted is not None:
+            return fitted
         inside = all(i == E.ZERO or in_range(i, n) for i, n in zip(at.index, shape(node), strict=True))
         return leaf(at) if inside or not self._guards else E.call("guarded", leaf(at))
 
@@ -112,13 +125,13 @@ class Puller:
         return E.real(val) if isinstance(val, float) else Expr("call", "scalar", (node.name,))
 
     def _constant(self, at: At) -> Expr | None:
-        """Read a known constant: a single element, or one at fixed indices."""
-        t = self.constants.get(at.node.name)
-        if t is None or isinstance(t, torch._subclasses.FakeTensor | torch.nn.Parameter):
+        """Read a known constant at fixed indices, or by the closed form that fits all of it."""
+        t = self.constants.stored(at.node.name)
+        if t is None or t.dtype.is_complex:
             return None
         place = [E.as_int(i) for i in at.index]
-        if t.dtype.is_complex or any(p is None for p in place):
-            return None
+        if any(p is None for p in place):
+            return self.constants.at(at.node, at.index)
         return literal(t[tuple(p for p in place if p is not None)].item())
 
 

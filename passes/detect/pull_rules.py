@@ -15,8 +15,9 @@ from torch import fx
 
 from attnc import expr as E
 from attnc.expr import FALSE, ONE, TRUE, ZERO, Expr
-from attnc.passes.detect.arithmetic import arithmetic, compare, literal, to_bool, to_int
-from attnc.passes.detect.graph import argument, base_name, op_name, shape, tensor_of
+from attnc.passes.detect.arithmetic import arithmetic, compare, extreme, literal, magnitude, to_bool, to_int
+from attnc.passes.detect.graph import argument, base_name, op_name, tensor_of
+from attnc.passes.detect.pull_places import PLACES
 from attnc.passes.detect.views import Index
 
 if TYPE_CHECKING:
@@ -129,6 +130,54 @@ def _abs(p: Puller, node: fx.Node, index: Index) -> Expr | None:
     return None if x is None else E.where(E.le0(x), E.neg(x), x)
 
 
+def _sign(p: Puller, node: fx.Node, index: Index) -> Expr | None:
+    x = to_int(p.operand(node.args[0], index))
+    if x is None:
+        return None
+    return E.where(E.le0(x), E.where(E.eq0(x), ZERO, E.integer(-1)), ONE)
+
+
+def _extremes(how: str) -> _Rule:
+    def rule(p: Puller, node: fx.Node, index: Index) -> Expr | None:
+        return extreme(how, p.operand(node.args[0], index), p.operand(node.args[1], index))
+
+    return rule
+
+
+def _clamp(p: Puller, node: fx.Node, index: Index) -> Expr | None:
+    """Return ``min(max(x, low), high)``: the upper bound wins where the two cross."""
+    x: Expr | None = p.operand(node.args[0], index)
+    name = base_name(node)
+    low = argument(node, 1, "min") if name != "clamp_max" else None
+    high = (
+        argument(node, 2, "max")
+        if name == "clamp"
+        else argument(node, 1, "max")
+        if name == "clamp_max"
+        else None
+    )
+    for how, bound in (("max", low), ("min", high)):
+        if bound is not None and x is not None:
+            x = extreme(how, x, p.operand(bound, index))
+    return x
+
+
+def _rounded_quotient(p: Puller, node: fx.Node, index: Index) -> Expr | None:
+    """Return ``floor(i / n)`` for an integer and a positive constant, whose fp32 quotient is close enough.
+
+    A quotient that is no integer is at least 1/n away from one, and fp32 holds it to 2**-23 of its size.
+    """
+    x = p.operand(node.args[0], index)
+    if E.is_int(x):
+        return x
+    if x.op != "call" or x.args[0] != "div":
+        return None
+    i, n = to_int(x.args[1][0]), _positive(x.args[1][1])
+    if i is None or n is None or magnitude(i) >= 2**22 or base_name(node) == "ceil":
+        return None
+    return E.floordiv(i, n) if base_name(node) == "floor" or E.nonneg(i) else None
+
+
 def _where(p: Puller, node: fx.Node, index: Index) -> Expr | None:
     if len(node.args) < 3:
         return None
@@ -183,123 +232,14 @@ def _triangle(p: Puller, node: fx.Node, index: Index) -> Expr | None:
     return E.where(keep, x, ZERO if E.is_int(x) else E.real(0.0))
 
 
-# ---------------------------------------------------------------- selection
-
-
-def _cat(p: Puller, node: fx.Node, index: Index) -> Expr | None:
-    tensors = argument(node, 0, "tensors")
-    d = argument(node, 1, "dim", 0) % len(index)
-    if any(len(shape(t)) != len(index) for t in tensors):
-        return None
-    parts: list[tuple[fx.Node, Expr]] = []
-    end = ZERO
-    for t in tensors:
-        parts.append((t, end))
-        end = E.add(end, shape(t)[d])
-    out: Expr | None = None
-    for t, start in reversed(parts):
-        n = shape(t)[d]
-        local = ZERO if n == ONE else E.sub(index[d], start)
-        x = p.arm(t, (*index[:d], local, *index[d + 1 :]))
-        inside = E.le0(E.add(E.sub(index[d], E.add(start, n)), ONE))
-        out = x if out is None else _either(inside, x, out)
-    return out
-
-
-def _either(c: Expr, x: Expr, y: Expr) -> Expr:
-    """Return ``x if c else y`` for two arms of one dtype, one of which may have been rounded to a float."""
-    if E.is_int(x) != E.is_int(y) and not E.is_bool(x):
-        x, y = (E.real(float(n)) if (n := E.as_int(v)) is not None else v for v in (x, y))
-    return E.where(c, x, y)
-
-
-def _pad(p: Puller, node: fx.Node, index: Index) -> Expr | None:
-    src, pads, t = node.args[0], argument(node, 1, "pad"), tensor_of(node)
-    mode, value = "constant", argument(node, 2, "value", 0)
-    if base_name(node) == "pad":
-        mode, value = argument(node, 2, "mode", "constant"), argument(node, 3, "value")
-    if mode != "constant" or not isinstance(src, fx.Node) or t is None:
-        return None
-    place, conditions = list(index), []
-    for i in range(len(pads) // 2):
-        d = len(index) - 1 - i
-        place[d] = E.sub(index[d], p.operand(pads[2 * i], ()))
-        conditions += [E.le0(E.neg(place[d])), E.le0(E.add(E.sub(place[d], shape(src)[d]), ONE))]
-        place[d] = ZERO if shape(src)[d] == ONE else place[d]
-    inside, outside = p.arm(src, tuple(place)), p.operand(0 if value is None else value, ())
-    return _either(E.and_(*conditions), inside, to_bool(outside) if t.dtype == torch.bool else outside)
-
-
-def _gather_rows(p: Puller, node: fx.Node, index: Index) -> Expr | None:
-    """Index by broadcast integer tensors in adjacent positions, each proved to be non-negative."""
-    src, places = node.args[0], argument(node, 1, "indices")
-    assert isinstance(src, fx.Node), f"{node} indexes no tensor"
-    used = [i for i, x in enumerate(places) if x is not None]
-    tensors = [places[i] for i in used]
-    if not used or used != list(range(used[0], used[-1] + 1)) or not all(map(_counts, tensors)):
-        return None
-    rank = max(len(shape(t)) for t in tensors)
-    head = index[used[0] : used[0] + rank]
-    picked = [to_int(p.operand(t, head)) for t in tensors]
-    whole = [x for x in picked if x is not None and E.nonneg(x)]
-    if len(whole) < len(picked):
-        return None
-    return p.at(src, (*index[: used[0]], *whole, *index[used[0] + rank :]))
-
-
-def _counts(x: Any) -> bool:
-    """Say whether ``x`` is a tensor of whole numbers.
-
-    A bool tensor picks a number of rows that data decides.
-    """
-    t = tensor_of(x) if isinstance(x, fx.Node) else None
-    return t is not None and t.dtype in (torch.int64, torch.int32)
-
-
-def _index_select(p: Puller, node: fx.Node, index: Index) -> Expr | None:
-    src, d, places = (argument(node, i, n) for i, n in enumerate(("self", "dim", "index")))
-    d %= len(index)
-    at = to_int(p.operand(places, (index[d],)))
-    if at is None or not E.nonneg(at):
-        return None
-    return p.at(src, (*index[:d], at, *index[d + 1 :]))
-
-
-def _cumsum(p: Puller, node: fx.Node, index: Index) -> Expr | None:
-    """Sum a value that does not change along the axis; anything else stays opaque."""
-    src, d = node.args[0], argument(node, 1, "dim") % max(len(index), 1)
-    assert isinstance(src, fx.Node), f"{node} sums no tensor"
-    if not index:
-        return p.at(src, index)
-    anywhere = ZERO if shape(src)[d] == ONE else E.index(f"at.{node.name}", shape(src)[d])
-    x = to_int(p.at(src, (*index[:d], anywhere, *index[d + 1 :])))
-    if x is None or E.only_index(anywhere) in E.indices(x):
-        return None
-    return E.mul(x, E.add(index[d], ONE))
-
-
-def _diff(p: Puller, node: fx.Node, index: Index) -> Expr | None:
-    src, d = node.args[0], argument(node, 2, "dim", -1) % len(index)
-    prepend, t = argument(node, 3, "prepend"), tensor_of(node)
-    assert isinstance(src, fx.Node), f"{node} subtracts no tensor"
-    if argument(node, 1, "n", 1) != 1 or argument(node, 4, "append") is not None:
-        return None
-    if t is None or t.dtype == torch.bool:
-        return None
-    here = index[d]
-
-    def at(i: Expr) -> Index:
-        return (*index[:d], i, *index[d + 1 :])
-
-    if prepend is None:
-        return arithmetic("sub", p.at(src, at(E.add(here, ONE))), p.at(src, index))
-    if shape(prepend)[d] != ONE:
-        return None
-    last = _either(E.le0(here), p.at(prepend, at(ZERO)), p.arm(src, at(E.sub(here, ONE))))
-    return arithmetic("sub", p.at(src, index), last)
+def _eye(p: Puller, node: fx.Node, index: Index) -> Expr | None:
+    t = tensor_of(node)
+    one, zero = (E.real(1.0), E.real(0.0)) if t is not None and t.dtype.is_floating_point else (ONE, ZERO)
+    return E.where(E.eq0(E.sub(index[0], index[1])), one, zero)
 
 
 RULES: dict[str, _Rule] = {
+    **PLACES,
     **dict.fromkeys(("_to_copy", "to", "type_as"), _cast),
     **{n: _binary(n) for n in ("add", "sub", "mul")},
     "rsub": _rsub,
@@ -315,6 +255,15 @@ RULES: dict[str, _Rule] = {
     "log": _of_constant(lambda x: math.log(x) if x > 0 else -math.inf if x == 0 else math.nan),
     "sqrt": _of_constant(lambda x: math.sqrt(x) if x >= 0 else math.nan),
     "abs": _abs,
+    "sign": _sign,
+    "sgn": _sign,
+    **{n: _extremes(how) for how in ("max", "min") for n in (f"{how}imum", f"{how}.other")},
+    "clamp": _clamp,
+    "clamp_min": _clamp,
+    "clamp_max": _clamp,
+    **dict.fromkeys(("floor", "trunc", "ceil"), _rounded_quotient),
+    "eye": _eye,
+    "fill": _filled(lambda n: n.args[1]),
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), _filled(lambda n: 0)),
     **dict.fromkeys(("ones", "ones_like", "new_ones"), _filled(lambda n: 1)),
     **dict.fromkeys(("full", "full_like"), _filled(lambda n: argument(n, 1, "fill_value"))),
@@ -325,11 +274,9 @@ RULES: dict[str, _Rule] = {
     "masked_fill": _masked_fill,
     "tril": _triangle,
     "triu": _triangle,
-    "cat": _cat,
-    "constant_pad_nd": _pad,
-    "pad": _pad,
-    "index": _gather_rows,
-    "index_select": _index_select,
-    "cumsum": _cumsum,
-    "diff": _diff,
 }
+
+
+def rule_of(node: fx.Node) -> _Rule | None:
+    """Return the rule of a node's op, by its overload or by its name."""
+    return RULES.get(op_name(node)) or RULES.get(base_name(node))

@@ -235,6 +235,7 @@ def _repeat(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
 def _repeat_interleave(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
     times, d = argument(node, 1, "repeats"), argument(node, 2, "dim")
     n = ratio_of_numbers(times)
+    d = 0 if d is None and len(shape(src)) == 1 else d
     if op_name(node) != "repeat_interleave.self_int" or n is None or not isinstance(d, int):
         return None
     d %= len(index)

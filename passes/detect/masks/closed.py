@@ -16,6 +16,7 @@ from attnc import expr as E
 from attnc import formula as F
 from attnc import masks as M
 from attnc.expr import Expr
+from attnc.intervals import FAR, Intervals
 
 Name = Callable[[str, Expr], str]
 """Given axes and a value, the name of the operand that holds it."""
@@ -83,10 +84,25 @@ def closed(c: Expr, at: Positions) -> M.Mask | None:
     plain = _interval(c, at)
     if plain is not None:
         return plain
-    value = divided(at.canonical(c))
+    value = normal(at.canonical(c))
+    if value.op == "le0" and F.is_closed(value) and _always(value, at):
+        return M.FULL
     if value.op in ("true", "false"):
         return M.FULL if value == E.TRUE else M.Not(M.FULL)
     return M.Formula(value) if F.is_closed(value) and not F.operands(value) else None
+
+
+def _always(c: Expr, at: Positions) -> bool:
+    """Prove ``p <= 0`` for all positions below their lengths.
+
+    Fixed lengths count where one position is compared alone; a window keeps its width whatever the length.
+    """
+    if E.nonneg(E.neg(c.args[0])):
+        return True
+    alone = len({x.args[0] for x in E.walk(c) if x.op == "index"}) < 2
+    ends = [n - 1 if (n := E.as_int(size)) is not None and alone else FAR for size in (at.sq, at.sk)]
+    anywhere = {"q": (0, ends[0]), "k": (0, ends[1]), "Sq": (1, FAR), "Sk": (1, FAR)}
+    return bool(F.fold(c, Intervals(anywhere))[1])
 
 
 def _interval(c: Expr, at: Positions) -> M.Mask | None:
@@ -109,12 +125,49 @@ def _compare(p: Expr, at: Positions) -> M.Mask | None:
             return M.Band(None, -n, "end") if sign > 0 else M.Band(-n, None, "end")
     for axis, x in (("k", at.k), ("q", at.q)):
         n = E.as_int(E.sub(p, x))
+        if n is not None and E.nonneg(E.neg(p)):
+            return M.FULL  # a position is below its length
         if n is not None and -n + 1 >= 0:
             return M.Range("k" if axis == "k" else "q", 0, -n + 1)
         n = E.as_int(E.add(p, x))
         if n is not None:
             return M.Not(M.Range("k" if axis == "k" else "q", 0, n)) if n > 0 else M.Full()
     return None
+
+
+def normal(c: Expr) -> Expr:
+    """Return a comparison in the form that names are given to."""
+    c = turned(unfolded(c))
+    return divided(c)
+
+
+def unfolded(c: Expr) -> Expr:
+    """Write ``x - x % n`` as ``n * (x // n)``, where that is shorter."""
+    p = c.args[0]
+    for m, k in E.terms(p):
+        if len(m) != 1 or m[0].op != "mod":
+            continue
+        x, n = m[0].args
+        whole = E.sub(x, E.mul(n, E.floordiv(x, n)))
+        other = E.add(p, E.mul(E.integer(-k), E.generator(m[0])), E.mul(E.integer(k), whole))
+        if len(E.terms(other)) < len(E.terms(p)):
+            return unfolded(E.le0(other) if c.op == "le0" else E.eq0(other))
+    return c
+
+
+def turned(c: Expr) -> Expr:
+    """Write ``(k - q) % n == r`` as ``(q - k) % n == -r % n``."""
+    ts = E.terms(c.args[0]) if c.op == "eq0" else ()
+    ms = [(m[0], k) for m, k in ts if m and len(m) == 1]
+    if len(ms) != 1 or len(ms[0][0].args) != 2 or ms[0][0].op != "mod" or abs(ms[0][1]) != 1:
+        return c
+    x, n = ms[0][0].args
+    number = E.as_int(n)
+    rest = -sum(k for m, k in ts if not m) * ms[0][1]
+    lead = next((k for m, k in E.terms(x) if m == E.terms(F.Q)[0][0]), 0)
+    if number is None or lead >= 0 or not 0 <= rest < number or len(ts) > 2:
+        return c
+    return E.eq0(E.sub(E.mod(E.neg(x), n), E.integer(-rest % number)))
 
 
 def divided(c: Expr) -> Expr:

@@ -33,7 +33,7 @@ class Lifted:
 def lift(keep: Expr, at: Positions, first_name: int) -> Lifted:
     """Return the predicate of ``keep``; operands are named ``c<first_name>`` and on."""
     work = _Lift(at)
-    mask = _aligned(work.mask(keep), at)
+    mask = _ordered(_aligned(work.mask(keep), at))
     read = [o for o in work.operands if o[0] in mask.operands]
     names = {o[0]: f"c{first_name + i}" for i, o in enumerate(read)}
     return Lifted(M.rename(mask, names), tuple((names[n], axes, value) for n, axes, value in read))
@@ -110,6 +110,17 @@ class _Lift:
         if used & h or (used & q and used & k) or not used <= b | q | k:
             return "bhqk"
         return "bq" if used & q else "bk"
+
+
+_KINDS = (M.Band, M.Range, M.Not, M.Formula, M.Padding, M.Dense, M.And, M.Or)
+
+
+def _ordered(mask: M.Mask) -> M.Mask:
+    """Put the parts of connectives in an order that depends on nothing but their text."""
+    if isinstance(mask, M.And | M.Or):
+        parts = sorted(map(_ordered, mask.parts), key=lambda p: (_KINDS.index(type(p)), str(p)))
+        return type(mask)(tuple(parts))
+    return M.Not(_ordered(mask.part)) if isinstance(mask, M.Not) else mask
 
 
 def _aligned(mask: M.Mask, at: Positions) -> M.Mask:
