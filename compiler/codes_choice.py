@@ -101,6 +101,11 @@ KERNELS = (
         "scaled_dot_product_attention scales before it adds the bias, the model after it.",
     ),
     Code(
+        "sdpa-norm",
+        "Choose a target that runs the spec itself, or use a softmax if the model may change.",
+        "scaled_dot_product_attention weighs values by a softmax and by nothing else.",
+    ),
+    Code(
         "sdpa-sink",
         "Choose a target whose kernels have sinks.",
         "scaled_dot_product_attention has no sink in its denominator.",
@@ -120,6 +125,11 @@ KERNELS = (
         "flex-no-compiler",
         "Install a C++ compiler (CPU) or Triton (GPU); attnc doctor shows what is missing.",
         "FlexAttention is compiled when it first runs, and the compiler it needs is not there.",
+    ),
+    Code(
+        "flex-norm",
+        "Choose a target that runs the spec itself, or use a softmax if the model may change.",
+        "FlexAttention weighs values by a softmax and by nothing else.",
     ),
     Code(
         "flex-dropout",
@@ -156,6 +166,12 @@ KERNELS = (
         "Use the sliding window where queries and keys are the same positions.",
         "A sliding window compares positions of queries and keys; here there are more of one than of "
         "the other.",
+    ),
+    Code(
+        "window-norm",
+        "Use a function that is zero at -inf, or leave the site out of the plan.",
+        "A window hides keys by -inf, and the function that weighs the values here gives such scores "
+        "a weight.",
     ),
     Code(
         "triton-head-size",

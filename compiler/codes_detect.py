@@ -104,6 +104,60 @@ WEIGHTS = (
         "A contraction of two computed tensors is contracted again with no normalizer in between: "
         "linear attention (arXiv:2006.16236) or a chain of products. There is no softmax to fuse.",
     ),
+    Code(
+        "weights-gated-by-key",
+        "Multiply the values by the tensor in place of the weights, or add its logarithm to the scores.",
+        "Weights are multiplied after the softmax by a tensor that changes along the keys, so they no "
+        "longer sum to what the softmax made them. A factor per head or per query is the same before "
+        "and after the values, and is taken.",
+    ),
+    Code(
+        "terms-differ",
+        "Give both softmaxes the same heads and the same layout.",
+        "Weights of several softmaxes are added before they meet the values, as in differential "
+        "attention (arXiv:2410.05258), but their batch, heads or queries are laid out differently, so "
+        "the attentions cannot be added.",
+    ),
+    Code(
+        "signed-softmax",
+        "Hide keys with -inf, directly between the magnitudes and the softmax.",
+        "Weights are the sign of a score times the softmax of magnitudes (arXiv:2411.07176), but the "
+        "magnitudes are edited in another way than by a positive factor and a mask of -inf, so they "
+        "are not those of the scores that give the signs.",
+    ),
+    Code(
+        "talking-heads",
+        "Leave the heads apart, or mix them in the projections before and after attention.",
+        "Scores or weights of several heads are mixed (arXiv:2003.02436). Each head then needs the "
+        "scores of all heads, and after the softmax the finished weights of all, which a kernel that "
+        "works head by head does not have.",
+    ),
+    Code(
+        "score-convolution",
+        "Convolve queries and keys instead, along the tokens, before the scores are computed.",
+        "A convolution runs over the scores, as in multi-token attention (arXiv:2504.00927). A score "
+        "then reads its neighbors, so no tile of scores stands alone.",
+    ),
+    Code(
+        "softmax-over-shared-axis",
+        "Let the softmax run over the keys.",
+        "The softmax normalizes an axis that queries and keys share, such as heads or batch. The "
+        "weights of a query do not sum to 1 over its keys; this is no attention over keys.",
+    ),
+    Code(
+        "query-axis-softmax",
+        "Let the softmax run over the keys if the model may change.",
+        "The weights of each key are normalized over the queries (slot attention, reversed "
+        "attention). A kernel needs the sums of all columns before it can start, which takes two "
+        "passes over the scores.",
+    ),
+    Code(
+        "entmax",
+        "Use a softmax if the model may change; otherwise leave it, nothing is lost but speed.",
+        "The weights are scores less a threshold that is found from all scores of the row: sparsemax "
+        "(arXiv:1602.02068) or entmax (arXiv:1905.05702). Finding it takes several passes over the "
+        "row.",
+    ),
 )
 
 OPERANDS = (

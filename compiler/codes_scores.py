@@ -18,16 +18,6 @@ STEPS = (
         "numbers that are the same at every size.",
     ),
     Code(
-        "scores-times-scores",
-        "Split the product: only one factor may come from a scores contraction.",
-        "Two score tensors are multiplied. Two contractions do not fit into one pass over the keys.",
-    ),
-    Code(
-        "reciprocal-of-scores",
-        "Multiply the scores by the reciprocal of the other tensor instead of dividing by the scores.",
-        "The scores are a divisor. No kernel computes a softmax over reciprocals of scores.",
-    ),
-    Code(
         "division-by-zero",
         "Check the scale: the scores are divided by the constant 0.",
         "The scores are divided by zero, so the softmax sees infinities and NaN. Nothing is fused on "
@@ -44,45 +34,27 @@ STEPS = (
         "A tensor is added to the scores with a factor inside the addition (alpha, or beta of baddbmm).",
     ),
     Code(
-        "sum-of-scores",
-        "Concatenate the two feature axes so that one contraction gives the sum, or keep one term as a bias.",
-        "Two score tensors are added, as in relative position terms (Transformer-XL, DeBERTa). q1.k1 + "
-        "q2.k2 is one contraction of concatenated features where both terms have the same layout; a "
-        "shifted term is not.",
-    ),
-    Code(
-        "negated-scores",
-        "Add the negated scores instead of subtracting them, or negate the queries.",
-        "The scores are subtracted from a tensor.",
-    ),
-    Code(
-        "two-scores-chosen",
-        "Choose by a mask on one score tensor.",
-        "A where chooses between two score tensors, so two contractions feed one softmax.",
-    ),
-    Code(
         "cat-of-scores",
         "Concatenate keys and values instead of scores.",
         "Scores of two contractions are concatenated along the keys, as with a cache kept apart or with "
         "global tokens. One contraction with concatenated keys gives the same scores.",
     ),
     Code(
+        "scores-combined",
+        "Combine scores of one query and one key only, or compute the second term apart and add it.",
+        "An elementwise operation takes scores at different positions, or more than two score tensors "
+        "at once, so that no single contraction is the one that the weights come from.",
+    ),
+    Code(
         "softcap-sign",
-        "Use a positive cap: cap * tanh(scores / cap) with cap > 0.",
-        "A tanh on the scores is multiplied by a negative number or zero, which is no soft cap "
-        "(arXiv:2408.00118, section 2).",
+        "Use a cap that is not zero: cap * tanh(scores / cap).",
+        "A tanh on the scores is multiplied by zero, which is no soft cap (arXiv:2408.00118, section 2).",
     ),
     Code(
         "gain",
-        "Multiply the scores by the tensor before they are masked, and multiply instead of divide.",
-        "A tensor divides the scores, or multiplies scores that are already masked, where it would "
+        "Multiply the scores by the tensor before they are masked.",
+        "A tensor multiplies scores that are already masked by a formula, where it would "
         "change what stands at hidden positions.",
-    ),
-    Code(
-        "shift-matters",
-        "Drop the constant that is added to all scores, or add it after the step that it disturbs.",
-        "A softmax does not see a constant that is added to all scores, but a soft cap, a gain or a "
-        "sink in between does, so it cannot be left out.",
     ),
     Code(
         "shift-not-finite",
@@ -93,16 +65,16 @@ STEPS = (
 
 MASKS = (
     Code(
-        "fill-not-hiding",
-        "Fill hidden scores with -inf or the dtype's smallest number.",
-        "Masked scores get a value that does not hide them: too close to real scores, or a tensor. A "
-        "mask that hides nothing for certain cannot be skipped by a kernel.",
-    ),
-    Code(
         "mask-inside-softcap",
         "Apply the mask after the soft cap.",
         "The mask is applied before the soft cap, which brings hidden scores back to -cap. They keep "
         "some weight, so the mask hides nothing.",
+    ),
+    Code(
+        "mask-inside-pointwise",
+        "Apply the mask after the function.",
+        "Scores are masked and then go through a function that shows hidden positions again, and the "
+        "mask is a formula that no tensor of the graph holds, so it cannot be read where it stands.",
     ),
     Code(
         "mask-times-negative",

@@ -300,8 +300,15 @@ def _plan(found: Found, gate: Rewriter, options: Options, known: Mapping[str, in
     form = _form(spec, options.forms.at(site.id), found.anchor)
     if isinstance(form, Miss):
         return Job(found, None, "kept", form, None, cost)
+    if found.terms and not isinstance(form, Fused):
+        why = f"{form.name} edits one attention, and this output is a sum of {len(found.terms)}"
+        return Job(found, None, "kept", Miss("form-does-not-apply", found.anchor, why), None, cost)
     new = form.rewrite(spec)
     backend, passed = select(new, options.target, _worth_compiling(spec, known))
+    for t in found.terms[1:]:
+        other, why_not = select(t.spec, options.target, _worth_compiling(t.spec, known))
+        if other != backend:
+            backend, passed = "reference", (*passed, *why_not)
     measured = options.cost_model and not found.fused  # the table compares with spelled-out attention
     predicted = gain(spec, new, known, options.target) if measured else None
     if form.contract == "SAME":
@@ -416,8 +423,9 @@ def _verify(
 def _site_to_check(job: Job, captured: Captured) -> checks.SiteToCheck:
     found, links = job.found, captured.links
     sources = {name: [links[n] for n in r.reads] for name, r in found.operands.items()}
-    masks = tuple(dict.fromkeys(links[n] for r in found.captured.values() for n in r.reads))
-    boundary = tuple(dict.fromkeys((*(n for ns in sources.values() for n in ns), *masks)))
+    captured_by = (found.captured, *(t.captured for t in found.terms))
+    masks = tuple(dict.fromkeys(links[n] for c in captured_by for r in c.values() for n in r.reads))
+    boundary = tuple(dict.fromkeys(links[n] for r in found.makings for n in r.reads))
     bounded = job.plan is not None and job.plan.contract == "BOUNDED"
     return checks.SiteToCheck(
         job.found.match.site.id,

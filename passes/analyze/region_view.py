@@ -29,7 +29,7 @@ def view_of_site(found: Found, nodes: Mapping[str, fx.Node], blocking: str = "")
     """Return the region of a found site: what it reads, what may be erased, its output."""
     m = found.match
     region = [nodes[n] for n in m.region if n in nodes]
-    read = [r for recipe in (*found.operands.values(), *found.captured.values()) for r in recipe.reads]
+    read = [r for recipe in found.makings for r in recipe.reads]
     inside = set(region)
     operands = {nodes[n] for n in read if n in nodes}
     operands |= {i for n in region for i in n.all_input_nodes if i not in inside and tensor_of(i) is not None}

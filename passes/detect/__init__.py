@@ -11,15 +11,18 @@ from torch import fx
 
 from attnc.ir import Miss
 from attnc.passes.detect.calls import fused_calls
+from attnc.passes.detect.combined import Combination, combinations
 from attnc.passes.detect.describe import describe
 from attnc.passes.detect.env import Env
 from attnc.passes.detect.flex import flex_calls
 from attnc.passes.detect.found import Computed, Found
 from attnc.passes.detect.graph import module_path
 from attnc.passes.detect.layout import Recipe
+from attnc.passes.detect.norms import NORM_FINDERS
 from attnc.passes.detect.others import unnormalized
 from attnc.passes.detect.pieces import describe_pieces
 from attnc.passes.detect.sites import Pieces, Skeleton, skeletons
+from attnc.passes.detect.terms import describe_combination
 
 log = logging.getLogger("attnc.detect")
 
@@ -41,10 +44,10 @@ def detect(
     names: Counter[str] = Counter()
     found: list[Found] = []
     missed: list[tuple[Miss, str]] = []
-    items: list[tuple[int, Skeleton | Pieces | Miss, str]] = []
-    for item in skeletons(work, env):
-        anchor = item.node if isinstance(item, Miss) else item.anchor.weights.name
-        items.append((order[anchor], item, anchor))
+    items: list[_Item] = []
+    for site in skeletons(work, env):
+        anchor = site.node if isinstance(site, Miss) else site.anchor.weights.name
+        items.append((order[anchor], site, anchor))
     taken = frozenset(
         n
         for _, i, _ in items
@@ -56,9 +59,10 @@ def detect(
             else []
         )
     )
-    for item in unnormalized(work, env, taken):
-        anchor = item.node if isinstance(item, Miss) else item.anchor.weights.name
-        items.append((order[anchor], item, anchor))
+    items = _with_combinations(work, env, items, order)
+    for other in unnormalized(work, env, taken):
+        anchor = other.node if isinstance(other, Miss) else other.anchor.weights.name
+        items.append((order[anchor], other, anchor))
     for call in (*fused_calls(work, env), *flex_calls(work)):
         anchor = call.node if isinstance(call, Miss) else call.anchor.weights.name
         items.append((order[anchor], call, anchor))
@@ -66,21 +70,41 @@ def detect(
         path = module_path(nodes[anchor])[0] or "model"
         names[path] += 1
         name = path if names[path] == 1 else f"{path}#{names[path]}"
-        site = _described(item, env, name)
-        if isinstance(site, Miss):
-            missed.append((site, name))
-            log.info("%s: missed %s at %s: %s", name, site.code, site.node, site.why)
+        result = _described(item, env, name)
+        if isinstance(result, Miss):
+            missed.append((result, name))
+            log.info("%s: missed %s at %s: %s", name, result.code, result.node, result.why)
         else:
-            found.append(site)
-            log.info("%s: %s", name, site.match.spec)
+            found.append(result)
+            log.info("%s: %s", name, result.match.spec)
     return found, missed
 
 
-def _described(item: Skeleton | Pieces | Miss, env: Env, name: str) -> Found | Miss:
+_Item = tuple[int, Skeleton | Pieces | Combination | Miss, str]
+
+
+def _with_combinations(work: fx.Graph, env: Env, items: list[_Item], order: Mapping[str, int]) -> list[_Item]:
+    """Replace misses of weights that meet no values themselves by what their sums are."""
+    lost = {i.node for _, i, _ in items if isinstance(i, Miss) and i.code == "no-value-contraction"}
+    if not lost:
+        return items
+    anchors = [a for finder in NORM_FINDERS for a in finder(work) if a.weights.name in lost]
+    out = list(items)
+    for item in combinations(anchors, env):
+        solved = {item.node} if isinstance(item, Miss) else {s.anchor.weights.name for s in item.parts}
+        out = [x for x in out if not (isinstance(x[1], Miss) and x[1].node in solved)]
+        name = item.node if isinstance(item, Miss) else item.anchor.weights.name
+        out.append((order[name], item, name))
+    return out
+
+
+def _described(item: Skeleton | Pieces | Combination | Miss, env: Env, name: str) -> Found | Miss:
     """Describe one site; one on which a rule raises is a miss, so that it costs no other site."""
     if isinstance(item, Miss):
         return item
     try:
+        if isinstance(item, Combination):
+            return describe_combination(item, env, name)
         return describe_pieces(item, env, name) if isinstance(item, Pieces) else describe(item, env, name)
     except Exception as error:  # a mistake of ours must not take the user's model down
         log.warning("%s: a rule raised", name, exc_info=error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -84,18 +84,19 @@ def finish(
     name: str,
     whole: Written | None = None,
     added: Sequence[fx.Node] = (),
+    reads: Collection[str] = (),
 ) -> Found:
     """Return the site that one or several written skeletons make up.
 
     ``s`` says where; ``whole`` is what the parts compute together, and ``added`` are the nodes that put them
-    together, the site's output last.
+    together, the site's output last.  ``reads`` names what is read besides operands.
     """
     written = whole or parts[0]
     output = added[-1] if added else s.output
     made = [r for w in (*parts, written) for r in (*w.operands.values(), *w.captured.values())]
     interior = [n for w in parts for n in w.skeleton.interior] + list(added)
     skipped = [n for w in parts for n in w.skipped]
-    region, escapes = region_of(interior, output, skipped, {n for r in made for n in r.reads})
+    region, escapes = region_of(interior, output, skipped, {n for r in made for n in r.reads} | set(reads))
     path, kind = module_path(s.anchor.weights)
     site = Site(name, path, f"{kind} {source_line(s.anchor.weights)}".strip())
     match = Match(written.spec, site, frozenset(region), output.name, tuple(reversed(s.trail)), escapes)

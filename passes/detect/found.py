@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from attnc.expr import Expr, loads
-from attnc.ir import Match
+from attnc.ir import AttentionSpec, Match
 from attnc.passes.detect.layout import Recipe
 
 
@@ -51,12 +51,24 @@ Making = Recipe | Computed | Joined
 
 
 @dataclass(frozen=True, slots=True)
+class Term:
+    """One attention of a sum, times ``number`` and ``gates``, tensors that broadcast to ``[B, H, Sq, 1]``."""
+
+    spec: AttentionSpec
+    operands: Mapping[str, Making]
+    captured: Mapping[str, Making]
+    number: float = 1.0
+    gates: tuple[Recipe, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
     """A match and its recipes, all in names of the working graph.
 
     ``operands`` has q, k, v; ``captured`` one entry per ``match.spec.captured``; ``result`` turns the
     canonical output into the value of ``match.output``. ``fused`` says that the user's graph already calls a
-    fused op here, ``improves`` that the spec knows more than that call.
+    fused op here, ``improves`` that the spec knows more than that call.  With ``terms`` the output is their
+    sum, and spec, operands and captured are those of the first.
     """
 
     match: Match
@@ -66,3 +78,12 @@ class Found:
     anchor: str
     fused: bool = False
     improves: bool = False
+    terms: tuple[Term, ...] = ()
+
+    @property
+    def makings(self) -> tuple[Making, ...]:
+        """How every tensor is made that the rewritten site reads."""
+        out = [*self.operands.values(), *self.captured.values()]
+        for t in self.terms:
+            out += [*t.operands.values(), *t.captured.values(), *t.gates]
+        return tuple(out)

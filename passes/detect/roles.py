@@ -133,6 +133,7 @@ def refine_all(s: Skeleton, by: dict[Expr, Expr]) -> None:
     s.weights = tuple(E.substitute(x, by) for x in s.weights)
     s.mods = [_refined_mod(m, by) for m in s.mods]
     s.sink = refine(s.sink, by) if s.sink else None
+    s.gates = tuple(refine(x, by) for x in s.gates)
 
 
 def choose(s: Skeleton, env: Env) -> dict[str, list[Candidate]] | Miss:
@@ -173,7 +174,7 @@ def _cuts_beside(s: Skeleton) -> dict[Expr, Expr]:
     """
     shared = {*_atoms(s.k.index), *_atoms(s.v.index)} - set(_ordered(s.key)) - set(s.features)
     places = [m.at for m in s.mods if isinstance(m, RawBias | RawGain | RawMask)] + [s.sink]
-    places += [x for m in s.mods if isinstance(m, RawPointwise) for x in m.sides]
+    places += [x for m in s.mods if isinstance(m, RawPointwise) for x in m.sides] + list(s.gates)
     index = tuple(x for at in places if at is not None for x in at.index)
     return {a: x for a, x in _cuts(index).items() if a in shared}
 

@@ -61,6 +61,7 @@ class Skeleton:
     dropout: float = 0.0
     dropout_node: fx.Node | None = None
     base: At | None = None
+    gates: tuple[At, ...] = ()
     conditions: list[str] = field(default_factory=list)
 
 
@@ -112,7 +113,7 @@ def skeleton(anchor: Anchor, env: Env) -> Skeleton | Pieces | Miss | None:
     solved = solve(anchor, values, path, env)
     if isinstance(solved, Miss):
         return solved
-    return _score_side(anchor, env, solved)
+    return score_side(anchor, env, solved)
 
 
 # ---------------------------------------------------------------- backward: the scores to their contraction
@@ -150,7 +151,8 @@ def peel_scores(at: At, env: Env) -> tuple[At, list[RawMod], list[str], list[fx.
     return at, mods, trail, through
 
 
-def _score_side(anchor: Anchor, env: Env, s: Solved) -> Skeleton | Miss:
+def score_side(anchor: Anchor, env: Env, s: Solved) -> Skeleton | Miss:
+    """Return the skeleton whose value contraction is solved, or why its scores are none."""
     out = _with_scores(anchor, env, s)
     if isinstance(out, Miss):
         return out

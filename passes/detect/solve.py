@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import fx
 
@@ -84,6 +84,7 @@ class Solved:
     path: list[fx.Node]
     dropout: float = 0.0
     dropout_node: fx.Node | None = None
+    by_out: dict[Expr, Expr] = field(default_factory=dict)
 
 
 def solve(
@@ -121,7 +122,7 @@ def solve(
     if read is None or (read[1] != ZERO and whole) or set(read[0]) != summed:
         why = "the value contraction does not sum exactly the normalized axis"
         return why_not_summed(anchor, at.index, summed, env, Miss("keys-not-summed", name, why))
-    return _name_axes(anchor, solved, at.index, key, out)
+    return name_axes(anchor, solved, at.index, key, out)
 
 
 def _active_dropout(node: fx.Node) -> fx.Node | None:
@@ -131,7 +132,8 @@ def _active_dropout(node: fx.Node) -> fx.Node | None:
     return node if base_name(node) == "dropout" and argument(node, 2, "train") is not False else None
 
 
-def _name_axes(anchor: Anchor, solved: Solved, weights: Index, key: Expr, out: Index) -> Solved | Miss:
+def name_axes(anchor: Anchor, solved: Solved, weights: Index, key: Expr, out: Index) -> Solved | Miss:
+    """Complete ``solved`` by atoms: one per axis of the weights, in which the result is written too."""
     by_out: dict[Expr, Expr] = {}
     named: list[Expr] = []
     parts: dict[Expr, list[tuple[Expr, Expr]]] = {}
@@ -144,7 +146,7 @@ def _name_axes(anchor: Anchor, solved: Solved, weights: Index, key: Expr, out: I
         if single is not None and single.args[1] == n:
             by_out[single] = atom
             named.append(atom)
-        elif whole is not None and whole[1] == ZERO:
+        elif (whole is not None and (whole[1] == ZERO or not whole[0])) or _is_strided(x):
             named.append(x)
         else:
             placed = _digit_of(x)
@@ -166,10 +168,16 @@ def _name_axes(anchor: Anchor, solved: Solved, weights: Index, key: Expr, out: I
                 anchor.weights.name,
                 f"axis {i} of the weights is not recovered from the result",
             )
-    solved.weights, solved.key = tuple(named), key
+    solved.weights, solved.key, solved.by_out = tuple(named), key, by_out
     solved.out = tuple(E.substitute(x, by_out) for x in out)
     solved.v = At(solved.v.node, tuple(E.substitute(x, by_out) for x in solved.v.index))
     return solved
+
+
+def _is_strided(x: Expr) -> bool:
+    """Say whether the axis is read at every n-th position, from some position on."""
+    monomials = [mono for mono, _ in E.terms(x) if mono]
+    return len(monomials) == 1 and len(monomials[0]) == 1 and monomials[0][0].op == "index"
 
 
 def _digit_of(x: Expr) -> tuple[Expr, Expr] | None:

@@ -35,12 +35,16 @@ def write_steps(d: Draft, env: Env) -> None:
         if isinstance(mod, Scale):
             _add_scale(d, mod)
         elif isinstance(mod, Softcap):
-            _settle(d, "mask-inside-softcap", "the mask is applied before the soft cap, so it hides nothing")
+            if not _settles(d):
+                d.refuse(
+                    "mask-inside-softcap", "the mask is applied before the soft cap, so it hides nothing"
+                )
             d.steps.append(mod)
         elif isinstance(mod, RawBias):
             _add_bias(d, mod.at, mod.sign)
         elif isinstance(mod, RawGain):
-            _settle(d, "gain", "a tensor multiplies masked scores")
+            if not _settles(d):
+                d.refuse("gain", "a tensor multiplies masked scores")
             d.steps.append(Gain(_score_operand(d, mod.at)))
         elif isinstance(mod, RawPointwise):
             _add_pointwise(d, mod)
@@ -55,19 +59,23 @@ def write_steps(d: Draft, env: Env) -> None:
         _settle_shift(d)
 
 
-def _settle(d: Draft, code: str, why: str) -> None:
-    """Write what is pending as steps: a step that is not linear follows, which sees shifts and fills."""
+def _settles(d: Draft) -> bool:
+    """Write what is pending as steps, since a step follows that sees shifts and fills; say if that worked.
+
+    It does not where the mask is a formula that no tensor of the graph holds.
+    """
     _settle_shift(d)
-    if d.mask is None:
-        return
     mask, d.mask = d.mask, None
+    if mask is None:
+        return True
     if mask.at is None:
-        d.refuse(code, why)
+        return False
     if mask.how == "add":
         d.steps.append(Bias(_score_operand(d, mask.at), mask.sense))
-        return
+        return True
     arms = (SCORE, mask.value) if mask.sense > 0 else (mask.value, SCORE)
     d.steps.append(Pointwise(text(Call("where", (_score_operand(d, mask.at), *arms)))))
+    return True
 
 
 def _settle_shift(d: Draft) -> None:
@@ -97,7 +105,9 @@ def _add_pointwise(d: Draft, mod: RawPointwise) -> None:
             d.mask = replace(d.mask, value=value, how="replace", at=at)
             d.steps += [] if loose else [Pointwise(text(mod.term))]
             return
-    _settle(d, "mask-inside-pointwise", f"masked scores go through {text(mod.term)}, so they are not hidden")
+    if not _settles(d):
+        why = f"masked scores go through {text(mod.term)}, so they are not hidden"
+        d.refuse("mask-inside-pointwise", why)
     by = {f"t{i}": _score_operand(d, at) for i, at in enumerate(mod.sides)}
     d.steps.append(Pointwise(text(rename(mod.term, by))))
 
@@ -123,8 +133,8 @@ def _rounds_away(mask: RawMask, dtype: torch.dtype) -> bool:
 
 
 def _add_scale(d: Draft, mod: Scale) -> None:
-    if d.mask is not None and mod.factor <= 0:
-        _settle(d, "mask-times-negative", "masked scores are multiplied by a negative number")
+    if d.mask is not None and mod.factor <= 0 and not _settles(d):
+        d.refuse("mask-times-negative", "masked scores are multiplied by a negative number")
     if d.mask is not None:
         t = tensor_of(d.skeleton.scores.node)
         assert t is not None, "scores are a tensor"

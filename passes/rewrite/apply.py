@@ -14,7 +14,7 @@ from attnc.editing import Builder, SharedMemory, erase
 from attnc.errors import RewriteError
 from attnc.expr import Expr
 from attnc.ir import AttentionSpec, Miss
-from attnc.passes.detect.found import Computed, Found, Joined, Making
+from attnc.passes.detect.found import Computed, Found, Joined, Making, Term
 from attnc.passes.detect.graph import reads_size_only, strides
 from attnc.passes.detect.layout import Recipe
 from attnc.passes.rewrite.predicates import emit
@@ -83,7 +83,7 @@ class Rewriter:
     def blocked(self, found: Found) -> Miss | None:
         """Say why the site cannot be edited in the user's graph, None if it can."""
         site, anchor = found.match, found.anchor
-        recipes = (*found.operands.values(), *found.captured.values())
+        recipes = found.makings
         try:
             out = self.replaceable(site.output)
             sources = [self.resolve(n) for r in recipes for n in r.reads]
@@ -134,13 +134,7 @@ class Rewriter:
         out = self.replaceable(found.match.output)
         like = self.nodes.get(self.moments.get(found.anchor, ""), out)
         b = self.build.before(out, stamp, like)
-        q, k, v = (self._made(found.operands[n], None) for n in "qkv")
-        device = q.meta["val"].device
-        captured = [
-            self._made(found.captured[o.name], device) for o in spec.captured if o.name in found.captured
-        ]
-        node = b.call(torch.ops.attnc.attend.default, q, k, v, captured, str(spec))
-        value = b.call(operator.getitem, node, 0)
+        value = self._sum(found.terms or (Term(spec, found.operands, found.captured),))
         value = b.apply(value, found.result.steps)
         was = out.meta["val"]
         if value.meta["val"].dtype != was.dtype:
@@ -156,6 +150,32 @@ class Rewriter:
         erase(self.graph, [out], shared=self.shared)
         self._assert_gone(found, out)
         return value.name
+
+    def _sum(self, terms: Sequence[Term]) -> fx.Node:
+        """Return the sum of attentions ``[B, H, Sq, Dv]``, each times its number and gates."""
+        values = []
+        for t in terms:
+            value = self._attend(t)
+            dtype = value.meta["val"].dtype
+            for g in t.gates:
+                gate = self._made(g, None)
+                gate = (
+                    gate if gate.meta["val"].dtype == dtype else self.build.call(aten.to.dtype, gate, dtype)
+                )
+                value = self.build.call(aten.mul.Tensor, value, gate)
+            values.append(value if t.number == 1.0 else self.build.call(aten.mul.Tensor, value, t.number))
+        out = values[0]
+        for value in values[1:]:
+            out = self.build.call(aten.add.Tensor, out, value)
+        return out
+
+    def _attend(self, t: Term) -> fx.Node:
+        """Return the output ``[B, H, Sq, Dv]`` of one ``attend`` node."""
+        q, k, v = (self._made(t.operands[n], None) for n in "qkv")
+        device = q.meta["val"].device
+        captured = [self._made(t.captured[o.name], device) for o in t.spec.captured if o.name in t.captured]
+        node = self.build.call(torch.ops.attnc.attend.default, q, k, v, captured, str(t.spec))
+        return self.build.call(operator.getitem, node, 0)
 
     def _size_readers(self, found: Found) -> list[fx.Node]:
         """Return the nodes that read a size off a node of the region."""

@@ -78,10 +78,8 @@ REFUSED = {
     "softmax_over_batch": "softmax-over-shared-axis",
     "talking_heads_after": "talking-heads",
     "linear_attention": "linear-attention",
-    "differential": "no-value-contraction",
-    "router": "no-value-contraction",
-    "weights_times_a_gate": "no-value-contraction",
-    "weights_times_a_mask": "no-value-contraction",
+    "router": "weights-gated-by-key",
+    "weights_times_a_mask": "weights-gated-by-key",
     "two_value_contractions": "several-value-contractions",
     "last_column_dropped": "sink-not-found",
     "first_column_dropped": "keys-not-summed",
@@ -111,6 +109,8 @@ def test_near_misses_that_are_found_after_all_are_attention_of_another_kind():
     """The rest of the collection has a meaning that a spec can say; tests/test_meaning.py runs them."""
     rest = {
         "talking_heads_before",
+        "weights_times_a_gate",
+        "differential",
         "sum_plus_two",
         "sigmoid_weights",
         "fill_that_hides_nothing",

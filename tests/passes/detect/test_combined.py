@@ -1,0 +1,177 @@
+"""Weights that are added or gated before the values are as many attentions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnc
+from attnc.masks import CAUSAL
+from tests.rewriting import Forward, rounding, traced
+
+B, H, S, T, D, E = 2, 3, 7, 5, 8, 6
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+Q, K, V = randn(B, H, S, D, seed=1), randn(B, H, T, D, seed=2), randn(B, H, T, E, seed=3)
+HEADS, ROWS, KEYS = randn(H, seed=4), randn(B, H, S, seed=5), randn(B, 1, 1, T, seed=6)
+LAM = randn(seed=7)
+
+
+def halves(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = (q[..., i * 4 : i * 4 + 4] @ k[..., i * 4 : i * 4 + 4].mT / 2 for i in (0, 1))
+    return a.softmax(-1), b.softmax(-1)
+
+
+def number(q, k, v):
+    a, b = halves(q, k)
+    return (a - 0.5 * b) @ v
+
+
+def scalar(q, k, v, lam):
+    a, b = halves(q, k)
+    return (a - lam * b) @ v
+
+
+def per_head(q, k, v, lam):
+    a, b = halves(q, k)
+    return (a - lam[:, None, None] * b) @ v
+
+
+def per_row(q, k, v, lam):
+    a, b = halves(q, k)
+    return torch.einsum("bhst,bhte->bshe", a - b * lam[..., None], v)
+
+
+def viewed_pair(q, k, v, lam):
+    """As the paper's own code: both softmaxes are one, over an axis of two."""
+    w = torch.stack([q[..., :4] @ k[..., :4].mT, q[..., 4:] @ k[..., 4:].mT], 2).softmax(-1)
+    return (w[:, :, 0] - lam * w[:, :, 1]) @ v
+
+
+def paired_heads(q, k, v, lam):
+    q, k = (x.reshape(B, H, -1, 2, 4).permute(0, 1, 3, 2, 4) for x in (q, k))
+    w = (q @ k.mT / 2).softmax(-1)
+    return (w[:, :, 0] - lam * w[:, :, 1]) @ v
+
+
+def neighbors(q, k, v, lam):
+    q, k = (x.reshape(B, H, -1, 2, 4).transpose(2, 3).flatten(1, 2) for x in (q, k))
+    w = (q @ k.mT / 2).softmax(-1).view(B, H, 2, S, T)
+    return (w[:, :, 0] - lam * w[:, :, 1]) @ v
+
+
+def chunked(q, k, v, lam):
+    (q1, q2), (k1, k2) = q.chunk(2, -1), k.chunk(2, -1)
+    a, b = (q1 @ k1.mT).softmax(-1), (q2 @ k2.mT).softmax(-1)
+    return torch.add(a, -(b * lam)) @ v
+
+
+def masked(q, k, v, lam):
+    hide = torch.ones(S, T, dtype=torch.bool).triu(1)
+    a, b = (q[..., i::2] @ k[..., i::2].mT for i in (0, 1))
+    a, b = (x.masked_fill(hide, -math.inf).softmax(-1) for x in (a, b))
+    return (a - lam * b) @ v
+
+
+def gate_per_head(q, k, v, gate):
+    return ((q @ k.mT / 3).softmax(-1) * gate.sigmoid()[:, None, None]) @ v
+
+
+def gate_per_row(q, k, v, gate):
+    return (gate.sigmoid()[..., None] * (q @ k.mT / 3).softmax(-1)) @ v
+
+
+def scaled_weights(q, k, v):
+    return ((q @ k.mT / 3).softmax(-1) * 0.25 / 3) @ v
+
+
+CASES = {
+    number: ((Q, K, V), 2),
+    scalar: ((Q, K, V, LAM), 2),
+    per_head: ((Q, K, V, HEADS), 2),
+    per_row: ((Q, K, V, ROWS), 2),
+    paired_heads: ((Q, K, V, LAM), 2),
+    neighbors: ((Q, K, V, LAM), 2),
+    chunked: ((Q, K, V, LAM), 2),
+    masked: ((Q, K, V, LAM), 2),
+    gate_per_head: ((Q, K, V, HEADS), 1),
+    gate_per_row: ((Q, K, V, ROWS), 1),
+    scaled_weights: ((Q, K, V), 1),
+}
+
+
+@pytest.mark.parametrize("f", CASES, ids=lambda f: f.__name__)
+def test_a_sum_of_weights_is_a_sum_of_attentions(f):
+    args, count = CASES[f]
+    t = traced(f, args)
+    found, missed = t.detect()
+    assert len(found) == 1, missed
+    assert not missed
+    assert len(found[0].terms) == count
+    assert not found[0].match.escapes
+    if f is masked:
+        assert {x.spec.mask for x in found[0].terms} == {CAUSAL}
+    t.rewrite(found)
+    assert sum(n.target is torch.ops.attnc.attend.default for n in t.graph.nodes) == count
+    assert not any("softmax" in str(n.target) for n in t.graph.nodes)
+    torch.testing.assert_close(t.run(*args), f(*args), rtol=1e-10, atol=64 * rounding(args, D + T))
+
+
+def gated_by_key(q, k, v, gate):
+    return ((q @ k.mT).softmax(-1) * gate) @ v
+
+
+def plus_a_constant(q, k, v):
+    return ((q @ k.mT).softmax(-1) + 0.1) @ v
+
+
+def plus_a_tensor(q, k, v, more):
+    return ((q @ k.mT).softmax(-1) + more) @ v
+
+
+def product(q, k, v):
+    a, b = halves(q, k)
+    return (a * b) @ v
+
+
+def divided_by_weights(q, k, v):
+    a, b = halves(q, k)
+    return (a / b) @ v
+
+
+def other_axis(q, k, v):
+    a = q[..., :4] @ k[..., :4].mT
+    return (a.softmax(-1) - a.softmax(-2)) @ v
+
+
+NEAR = {
+    gated_by_key: (Q, K, V, KEYS),
+    plus_a_constant: (Q, K, V),
+    plus_a_tensor: (Q, K, V, KEYS),
+    product: (Q, K, V),
+    divided_by_weights: (Q, K, V),
+    other_axis: (Q, K, V),
+}
+
+
+@pytest.mark.parametrize("f", NEAR, ids=lambda f: f.__name__)
+def test_what_is_no_such_sum_is_refused(f):
+    found, missed = traced(f, NEAR[f]).detect()
+    assert not found
+    assert missed
+
+
+def test_a_differential_site_is_checked_and_rewritten_by_the_compiler():
+    args = tuple(x.float() for x in (Q, K, V, LAM))
+    fast = attnc.optimize(Forward(scalar), args, cost_model=False)
+    site = fast.report.sites[0]
+    assert (site.status, site.reason) == ("rewritten", None) or site.status == "rewritten"
+    assert site.error <= site.tolerance
+    torch.testing.assert_close(fast(*args), scalar(*args), rtol=1e-5, atol=1e-5)
