@@ -109,10 +109,10 @@ WEIGHTS = (
 OPERANDS = (
     Code(
         "pieces-differ",
-        "Give all pieces one query, one scale, and masks that are added as tensors.",
-        "The weights of one softmax meet values in several contractions, as in block-sparse attention. With "
-        "the keys side by side that is one attention, if the pieces have the same queries, scale and layout; "
-        "one of them does not.",
+        "Give all pieces one query, one scale and plain additive masks; add other masks as tensors.",
+        "The weights of one softmax meet values in several contractions, as block-sparse attention does. "
+        "With the keys side by side that is one attention, if the pieces have the same queries, scale and "
+        "layout; one of them does not.",
     ),
     Code(
         "no-key-side",

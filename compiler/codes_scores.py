@@ -18,16 +18,6 @@ STEPS = (
         "numbers that are the same at every size.",
     ),
     Code(
-        "scores-times-scores",
-        "Split the product: only one factor may come from a scores contraction.",
-        "Two score tensors are multiplied. Two contractions do not fit into one pass over the keys.",
-    ),
-    Code(
-        "reciprocal-of-scores",
-        "Multiply the scores by the reciprocal of the other tensor instead of dividing by the scores.",
-        "The scores are a divisor. No kernel computes a softmax over reciprocals of scores.",
-    ),
-    Code(
         "division-by-zero",
         "Check the scale: the scores are divided by the constant 0.",
         "The scores are divided by zero, so the softmax sees infinities and NaN. Nothing is fused on "
@@ -44,21 +34,12 @@ STEPS = (
         "A tensor is added to the scores with a factor inside the addition (alpha, or beta of baddbmm).",
     ),
     Code(
-        "sum-of-scores",
-        "Concatenate the two feature axes so that one contraction gives the sum, or keep one term as a bias.",
-        "Two score tensors are added, as in relative position terms (Transformer-XL, DeBERTa). q1.k1 + "
-        "q2.k2 is one contraction of concatenated features where both terms have the same layout; a "
-        "shifted term is not.",
-    ),
-    Code(
-        "negated-scores",
-        "Add the negated scores instead of subtracting them, or negate the queries.",
-        "The scores are subtracted from a tensor.",
-    ),
-    Code(
-        "two-scores-chosen",
-        "Choose by a mask on one score tensor.",
-        "A where chooses between two score tensors, so two contractions feed one softmax.",
+        "scores-combined",
+        "Let one contraction give the scores and enter every other one as a bias; or concatenate the "
+        "features of both, so that one contraction gives their sum.",
+        "Two tensors that come from score contractions meet in one operation, and neither can be read as a "
+        "bias of the other: each pair of query and key would need two products. q1.k1 + q2.k2 is one "
+        "contraction of concatenated features where both have the same layout.",
     ),
     Code(
         "cat-of-scores",
@@ -79,12 +60,6 @@ STEPS = (
         "change what stands at hidden positions.",
     ),
     Code(
-        "shift-matters",
-        "Drop the constant that is added to all scores, or add it after the step that it disturbs.",
-        "A softmax does not see a constant that is added to all scores, but a soft cap, a gain or a "
-        "sink in between does, so it cannot be left out.",
-    ),
-    Code(
         "shift-not-finite",
         "Add a finite constant, or a mask.",
         "An infinite constant or NaN is added to all scores.",
@@ -93,16 +68,16 @@ STEPS = (
 
 MASKS = (
     Code(
-        "fill-not-hiding",
-        "Fill hidden scores with -inf or the dtype's smallest number.",
-        "Masked scores get a value that does not hide them: too close to real scores, or a tensor. A "
-        "mask that hides nothing for certain cannot be skipped by a kernel.",
-    ),
-    Code(
         "mask-inside-softcap",
         "Apply the mask after the soft cap.",
         "The mask is applied before the soft cap, which brings hidden scores back to -cap. They keep "
         "some weight, so the mask hides nothing.",
+    ),
+    Code(
+        "mask-inside-pointwise",
+        "Apply the mask after the elementwise steps, or mask with -inf where they keep it.",
+        "Masked scores go through an elementwise step that does not keep hidden scores hidden, and no tensor "
+        "of the graph holds the mask by itself.",
     ),
     Code(
         "mask-times-negative",

@@ -43,6 +43,28 @@ def both(text: str) -> dict[str, str]:
     return {"q": text, "k": text}
 
 
+SAME = (
+    (S.half_by_rotate_half, S.half_by_two_products, S.half_in_float32, S.complex_parts),
+    (
+        S.interleaved_by_slices, S.interleaved_by_stacked_halves, S.interleaved_by_view,
+        S.interleaved_in_place, S.complex_polar,
+    ),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("group", SAME)
+def test_spellings_of_one_rotation_compute_the_same(group):
+    x = torch.randn(2, 3, 12, S.D)
+    t = S.angles(12)
+    first = torch.arange(S.HALF) if group is SAME[0] else torch.arange(0, S.D, 2)
+    second = first + (S.HALF if group is SAME[0] else 1)
+    expected = torch.empty_like(x)
+    expected[..., first] = x[..., first] * t.cos() - x[..., second] * t.sin()
+    expected[..., second] = x[..., second] * t.cos() + x[..., first] * t.sin()
+    for f in group:
+        torch.testing.assert_close(f(x), expected, msg=f.__name__)
+
+
 @pytest.mark.parametrize("f", S.ROTATIONS, ids=lambda f: f.__name__)
 def test_rotation_is_named(f):
     assert traced_names(S.Attend(f), torch.randn(X)) == both(S.ROTATIONS[f])
