@@ -106,6 +106,11 @@ KERNELS = (
         "scaled_dot_product_attention has no sink in its denominator.",
     ),
     Code(
+        "sdpa-norm",
+        "Choose a target whose kernels know the function, or use a softmax.",
+        "scaled_dot_product_attention weighs by a softmax, the model by another function of each score.",
+    ),
+    Code(
         "sdpa-dropout",
         "Call .eval(), or set the attention dropout to 0.",
         "scaled_dot_product_attention would draw other random numbers than the model.",
@@ -120,6 +125,11 @@ KERNELS = (
         "flex-no-compiler",
         "Install a C++ compiler (CPU) or Triton (GPU); attnc doctor shows what is missing.",
         "FlexAttention is compiled when it first runs, and the compiler it needs is not there.",
+    ),
+    Code(
+        "flex-norm",
+        "Choose a target whose kernels know the function, or use a softmax.",
+        "FlexAttention weighs by a softmax, the model by another function of each score.",
     ),
     Code(
         "flex-dropout",
@@ -156,6 +166,11 @@ KERNELS = (
         "Use the sliding window where queries and keys are the same positions.",
         "A sliding window compares positions of queries and keys; here there are more of one than of "
         "the other.",
+    ),
+    Code(
+        "window-norm",
+        "Keep the site dense: leave the sliding window away here.",
+        "A sliding window hides keys by a score of -inf, and the model's function gives such a score a weight.",
     ),
     Code(
         "triton-head-size",

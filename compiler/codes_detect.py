@@ -92,6 +92,42 @@ WEIGHTS = (
         "divisor is not the sum of these weights at the same query, so it is not a softmax.",
     ),
     Code(
+        "talking-heads",
+        "Nothing short of removing the mixing of heads; the site runs as it is.",
+        "Scores or weights of several heads are mixed by a product before they meet the values "
+        "(arXiv:2003.02436). Each head needs the scores of all, so no kernel can run one head at a time.",
+    ),
+    Code(
+        "score-convolution",
+        "Nothing short of removing the convolution; the site runs as it is.",
+        "The scores are convolved before the softmax (multi-token attention, arXiv:2504.00927). A score reads "
+        "its neighbors, so no tile of scores stands alone.",
+    ),
+    Code(
+        "softmax-over-shared-axis",
+        "Take the softmax over the keys, if that is what was meant.",
+        "The softmax runs over an axis that queries and keys share, such as the heads. Its weights do not sum "
+        "to 1 over the keys, so this is no attention over them.",
+    ),
+    Code(
+        "query-axis-softmax",
+        "Take the softmax over the keys, if that is what was meant; otherwise the site runs as it is.",
+        "The weights of each key are normalized over the queries (slot attention, arXiv:2006.15055). The sums "
+        "of all columns are needed before the first result: two passes, which no kernel here makes.",
+    ),
+    Code(
+        "entmax",
+        "Use a softmax if the model may change; otherwise the site runs as it is.",
+        "The weights are scores less a threshold that is found from all scores of the row: sparsemax "
+        "(arXiv:1602.02068) or entmax (arXiv:1905.05702). That takes several passes over the keys.",
+    ),
+    Code(
+        "signed-softmax",
+        "Take the softmax of |scores|, hidden by -inf, and multiply by the sign of the scores.",
+        "The weights carry the sign of the scores (Cog attention, arXiv:2411.07176), but what the softmax "
+        "sees is not the magnitude of the same scores.",
+    ),
+    Code(
         "not-softmax",
         "Use a softmax if the model may change; otherwise leave it, nothing is lost but speed.",
         "Scores are weighted by another function than a softmax, such as a sigmoid (arXiv:2409.04431) "
