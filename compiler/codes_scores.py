@@ -8,20 +8,20 @@ STEPS = (
     Code(
         "score-step-unknown",
         "Write the step as scale, soft cap (tanh), bias or mask, or as elementwise arithmetic on the score.",
-        "An operation between the scores contraction and the softmax is not understood, so what the "
-        "softmax sees is unknown. The report names the operation and its line.",
+        "An operation between the scores contraction and the softmax is not understood, so what the softmax "
+        "sees is unknown. The report names the operation and its line.",
     ),
     Code(
         "symbolic-number",
         "Use a number that does not depend on sizes, or a tensor.",
-        "The scores are scaled by, or added to, a number that is computed from sizes. A spec holds "
-        "numbers that are the same at every size.",
+        "The scores are scaled by, or added to, a number that is computed from sizes. A spec holds numbers "
+        "that are the same at every size.",
     ),
     Code(
         "division-by-zero",
         "Check the scale: the scores are divided by the constant 0.",
-        "The scores are divided by zero, so the softmax sees infinities and NaN. Nothing is fused on "
-        "top of that.",
+        "The scores are divided by zero, so the softmax sees infinities and NaN. Nothing is fused on top of "
+        "that.",
     ),
     Code(
         "scale-not-finite",
@@ -56,8 +56,8 @@ STEPS = (
     Code(
         "gain",
         "Multiply the scores by the tensor before they are masked, and multiply instead of divide.",
-        "A tensor divides the scores, or multiplies scores that are already masked, where it would "
-        "change what stands at hidden positions.",
+        "A tensor divides the scores, or multiplies scores that are already masked, where it would change "
+        "what stands at hidden positions.",
     ),
     Code(
         "shift-not-finite",
@@ -70,20 +70,20 @@ MASKS = (
     Code(
         "mask-inside-softcap",
         "Apply the mask after the soft cap.",
-        "The mask is applied before the soft cap, which brings hidden scores back to -cap. They keep "
-        "some weight, so the mask hides nothing.",
+        "The mask is applied before the soft cap, which brings hidden scores back to -cap. They keep some "
+        "weight, so the mask hides nothing.",
     ),
     Code(
         "mask-inside-pointwise",
         "Apply the mask after the elementwise steps, or mask with -inf where they keep it.",
-        "Masked scores go through an elementwise step that does not keep hidden scores hidden, and no tensor "
-        "of the graph holds the mask by itself.",
+        "Masked scores go through an elementwise step that does not keep hidden scores hidden, and no "
+        "tensor of the graph holds the mask by itself.",
     ),
     Code(
         "mask-times-negative",
         "Scale by a positive number after masking, or scale before it.",
-        "Masked scores are multiplied by a negative number, which turns hidden positions into the "
-        "largest scores.",
+        "Masked scores are multiplied by a negative number, which turns hidden positions into the largest "
+        "scores.",
     ),
     Code(
         "mask-not-readable",
@@ -93,14 +93,14 @@ MASKS = (
     Code(
         "bias-after-mask",
         "Add the bias before the mask, or mask with -inf.",
-        "A tensor is added after hidden scores became a finite number. The sum decides what a fully "
-        "masked row gets, and only the model's own order gives that.",
+        "A tensor is added after hidden scores became a finite number. The sum decides what a fully masked "
+        "row gets, and only the model's own order gives that.",
     ),
     Code(
         "two-masks",
         "Join the two conditions with & and mask once.",
-        "Two masks with different fills are applied one after the other. Positions hidden by both hold "
-        "a value that neither mask alone gives, which matters to fully masked rows.",
+        "Two masks with different fills are applied one after the other. Positions hidden by both hold a "
+        "value that neither mask alone gives, which matters to fully masked rows.",
     ),
 )
 
