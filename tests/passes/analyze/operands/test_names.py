@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from attnc.capture import capture_export
 from attnc.passes.analyze.operands import Namer
 from attnc.passes.detect import detect
+from tests.corpus import CASES, make_inputs
 from tests.passes.analyze.operands import spellings as S
 from tests.rewriting import traced
 
@@ -208,3 +209,12 @@ def test_layers_are_read_once_and_named_alike():
     namer = Namer(captured.work, captured.tensors)
     assert [namer.names(f) for f in found] == [both("rms-norm, rope(half)")] * 6
     assert len(namer._known) <= 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_corpus_without_rotations_has_no_names(name):
+    graph = traced(CASES[name].f, make_inputs(CASES[name])).work
+    found, _ = detect(graph, {})
+    namer = Namer(graph, {})
+    assert [namer.names(f) for f in found] == [{}] * len(found)
