@@ -22,16 +22,16 @@ KEPT = (
     ),
     Code(
         "weights-in-use",
-        "Stop returning or reading the attention weights (output_attentions=False), or keep this site "
-        "as it is.",
-        "The model reads scores or weights of the site outside of it. A fused kernel does not have "
-        "them, and computing them beside it would cost more than it saves.",
+        "Stop returning or reading the attention weights (output_attentions=False), or keep this site as it "
+        "is.",
+        "The model reads scores or weights of the site outside of it. A fused kernel does not have them, "
+        "and computing them beside it would cost more than it saves.",
     ),
     Code(
         "dropout-active",
         "Call .eval(), or set the attention dropout to 0.",
-        "Dropout on the weights is active. A fused kernel draws other random numbers than the model, so "
-        "the result would not be the same function.",
+        "Dropout on the weights is active. A fused kernel draws other random numbers than the model, so the "
+        "result would not be the same function.",
     ),
     Code(
         "already-fused",
@@ -41,26 +41,26 @@ KEPT = (
     Code(
         "no-faster-kernel",
         "Change the step that the kernels lack, named in the reason, or choose another target.",
-        "The site was understood, and no kernel of this target computes it faster than the model does. "
-        "The reason lists what each kernel lacks.",
+        "The site was understood, and no kernel of this target computes it faster than the model does. The "
+        "reason lists what each kernel lacks.",
     ),
     Code(
         "slower",
         "Pass cost_model=False (--no-cost-model) to rewrite it all the same.",
-        "The cost model predicts that the rewritten site would be slower than the model's own code at "
-        "the sizes of the example, as happens with short sequences.",
+        "The cost model predicts that the rewritten site would be slower than the model's own code at the "
+        "sizes of the example, as happens with short sequences.",
     ),
     Code(
         "failed-verification",
         "Report it with the model; the original code runs here.",
-        "The rewritten site was run against the original and was further off than the promise allows, "
-        "so the original was put back.",
+        "The rewritten site was run against the original and was further off than the promise allows, so "
+        "the original was put back.",
     ),
     Code(
         "model-disagrees",
         "Report it with the model; the original code runs everywhere.",
-        "Each site passed its check, but the model as a whole was further off than the errors of its "
-        "sites explain, so all of it was put back.",
+        "Each site passed its check, but the model as a whole was further off than the errors of its sites "
+        "explain, so all of it was put back.",
     ),
 )
 
@@ -68,14 +68,14 @@ EDITING = (
     Code(
         "no-link",
         "Write the result into a new tensor instead of in place, or move the site out of the sub-graph.",
-        "A tensor of the site has no counterpart in the captured graph that holds the same value until "
-        "the end: it is overwritten in place, or lives inside a sub-graph.",
+        "A tensor of the site has no counterpart in the captured graph that holds the same value until the "
+        "end: it is overwritten in place, or lives inside a sub-graph.",
     ),
     Code(
         "size-not-known",
         "Derive lengths from the inputs' shapes by sums and products only.",
-        "A size that building the operands needs is no polynomial of the inputs' sizes, so no node "
-        "computes it.",
+        "A size that building the operands needs is no polynomial of the inputs' sizes, so no node computes "
+        "it.",
     ),
     Code(
         "operand-after-output",
@@ -118,8 +118,8 @@ KERNELS = (
     Code(
         "sdpa-fp16-empty-rows",
         "Mask with -inf, or run in bfloat16 or float32.",
-        "In fp16 a finite fill plus a score overflows to -inf. A row that sees no key then turns to NaN "
-        "or to a ragged set in the model, and no kernel reproduces that.",
+        "In fp16 a finite fill plus a score overflows to -inf. A row that sees no key then turns to NaN or "
+        "to a ragged set in the model, and no kernel reproduces that.",
     ),
     Code(
         "flex-no-compiler",
@@ -164,14 +164,14 @@ KERNELS = (
     Code(
         "window-needs-self-attention",
         "Use the sliding window where queries and keys are the same positions.",
-        "A sliding window compares positions of queries and keys; here there are more of one than of "
-        "the other.",
+        "A sliding window compares positions of queries and keys; here there are more of one than of the "
+        "other.",
     ),
     Code(
         "window-norm",
-        "Use a function that is zero at -inf, or leave the site out of the plan.",
-        "A window hides keys by -inf, and the function that weighs the values here gives such scores "
-        "a weight.",
+        "Keep the site dense: leave the sliding window away here.",
+        "A sliding window hides keys by a score of -inf, and the model's function gives such a score a "
+        "weight.",
     ),
     Code(
         "triton-head-size",

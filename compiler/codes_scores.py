@@ -8,8 +8,8 @@ STEPS = (
     Code(
         "score-step-unknown",
         "Write the step as scale, soft cap (tanh), bias or mask, or as elementwise arithmetic on the score.",
-        "An operation between the scores contraction and the softmax is not understood, so what the "
-        "softmax sees is unknown. The report names the operation and its line.",
+        "An operation between the scores contraction and the softmax is not understood, so what the softmax "
+        "sees is unknown. The report names the operation and its line.",
     ),
     Code(
         "symbolic-number",
@@ -20,8 +20,8 @@ STEPS = (
     Code(
         "division-by-zero",
         "Check the scale: the scores are divided by the constant 0.",
-        "The scores are divided by zero, so the softmax sees infinities and NaN. Nothing is fused on "
-        "top of that.",
+        "The scores are divided by zero, so the softmax sees infinities and NaN. Nothing is fused on top of "
+        "that.",
     ),
     Code(
         "scale-not-finite",
@@ -34,16 +34,18 @@ STEPS = (
         "A tensor is added to the scores with a factor inside the addition (alpha, or beta of baddbmm).",
     ),
     Code(
+        "scores-combined",
+        "Let one contraction give the scores and enter every other one as a bias; or concatenate the "
+        "features of both, so that one contraction gives their sum.",
+        "Two tensors that come from score contractions meet in one operation, and neither can be read as a "
+        "bias of the other: each pair of query and key would need two products. q1.k1 + q2.k2 is one "
+        "contraction of concatenated features where both have the same layout.",
+    ),
+    Code(
         "cat-of-scores",
         "Concatenate keys and values instead of scores.",
         "Scores of two contractions are concatenated along the keys, as with a cache kept apart or with "
         "global tokens. One contraction with concatenated keys gives the same scores.",
-    ),
-    Code(
-        "scores-combined",
-        "Combine scores of one query and one key only, or compute the second term apart and add it.",
-        "An elementwise operation takes scores at different positions, or more than two score tensors "
-        "at once, so that no single contraction is the one that the weights come from.",
     ),
     Code(
         "softcap-sign",
@@ -67,20 +69,20 @@ MASKS = (
     Code(
         "mask-inside-softcap",
         "Apply the mask after the soft cap.",
-        "The mask is applied before the soft cap, which brings hidden scores back to -cap. They keep "
-        "some weight, so the mask hides nothing.",
+        "The mask is applied before the soft cap, which brings hidden scores back to -cap. They keep some "
+        "weight, so the mask hides nothing.",
     ),
     Code(
         "mask-inside-pointwise",
-        "Apply the mask after the function.",
-        "Scores are masked and then go through a function that shows hidden positions again, and the "
-        "mask is a formula that no tensor of the graph holds, so it cannot be read where it stands.",
+        "Apply the mask after the elementwise steps, or mask with -inf where they keep it.",
+        "Masked scores go through an elementwise step that does not keep hidden scores hidden, and no "
+        "tensor of the graph holds the mask by itself.",
     ),
     Code(
         "mask-times-negative",
         "Scale by a positive number after masking, or scale before it.",
-        "Masked scores are multiplied by a negative number, which turns hidden positions into the "
-        "largest scores.",
+        "Masked scores are multiplied by a negative number, which turns hidden positions into the largest "
+        "scores.",
     ),
     Code(
         "mask-not-readable",
@@ -90,14 +92,14 @@ MASKS = (
     Code(
         "bias-after-mask",
         "Add the bias before the mask, or mask with -inf.",
-        "A tensor is added after hidden scores became a finite number. The sum decides what a fully "
-        "masked row gets, and only the model's own order gives that.",
+        "A tensor is added after hidden scores became a finite number. The sum decides what a fully masked "
+        "row gets, and only the model's own order gives that.",
     ),
     Code(
         "two-masks",
         "Join the two conditions with & and mask once.",
-        "Two masks with different fills are applied one after the other. Positions hidden by both hold "
-        "a value that neither mask alone gives, which matters to fully masked rows.",
+        "Two masks with different fills are applied one after the other. Positions hidden by both hold a "
+        "value that neither mask alone gives, which matters to fully masked rows.",
     ),
 )
 

@@ -62,7 +62,7 @@ def notes(report: Report) -> list[str]:
         f"operands: {operands_text(group[0])}: {names(group)}" for group in grouped(named, operands_text)
     ]
     masked = [s for s in found if s.mask not in ("", "none") or s.conditions]
-    for group in grouped(masked, lambda s: (s.conditions and (s.mask, *s.conditions)) or ()):
+    for group in grouped(masked, validity):
         lines.append(f"mask: {validity(group[0])}: {names(group)}")
     return lines
 
@@ -76,8 +76,26 @@ def operands_text(site: SiteRecord) -> str:
 
 
 def validity(site: SiteRecord) -> str:
-    """Return the sizes for which the mask's closed form was proven."""
-    return "valid where " + " and ".join(site.conditions) if site.conditions else "valid for all sizes"
+    """Return the sizes for which the mask's closed form was proven.
+
+    A program that was captured at fixed lengths runs at no others, and its mask is only known to hold there.
+    """
+    if site.conditions:
+        text = "valid where " + " and ".join(site.conditions)
+    else:
+        fixed = _fixed_lengths(site.spec)
+        text = f"valid at the captured lengths {fixed}" if fixed else "valid for all sizes"
+    return f"{text}; its dense parts are read as the model makes them" if "dense" in site.mask else text
+
+
+def _fixed_lengths(spec: str) -> str:
+    """Return ``64 x 64`` if a spec's text has fixed lengths of queries and keys, else ''."""
+    from attnc.printer import parse
+
+    if not spec.startswith("attn q="):
+        return ""
+    sq, sk = parse(spec).lengths()
+    return "" if sq is None or sk is None else f"{sq} x {sk}"
 
 
 def names(sites: Sequence[SiteRecord]) -> str:

@@ -61,6 +61,23 @@ def test_masks_say_for_which_sizes_they_hold():
     ]
 
 
+SPEC = (
+    "attn q=bhqd[2,4,{n},8]:float32 k=bhkd[2,4,{n},8]:float32 v=bhke[2,4,{n},8]:float32 group=1 mask={m} "
+    "fill(replace,-inf) softmax"
+)
+
+
+def test_fixed_lengths_and_dense_parts_claim_no_more_than_is_known():
+    assert validity(site("a", spec=SPEC.format(n="s77", m="causal"))) == "valid for all sizes"
+    assert validity(site("a", spec=SPEC.format(n=64, m="causal"))) == (
+        "valid at the captured lengths 64 x 64"
+    )
+    spec = SPEC.format(n="s77", m="dense(m)") + " with m=bhqk[2,1,s77,s77]:bool"
+    assert validity(site("a", spec=spec, mask="dense")) == (
+        "valid for all sizes; its dense parts are read as the model makes them"
+    )
+
+
 def test_operands_are_told_once_for_both_when_they_are_alike():
     assert operands_text(site("a", details={"operands": {"q": "rope(half)", "k": "rope(half)"}})) == (
         "q and k rope(half)"

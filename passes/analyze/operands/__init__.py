@@ -23,6 +23,7 @@ from attnc.passes.analyze.operands.tables import Tables, read
 from attnc.passes.analyze.operands.values import Values
 from attnc.passes.analyze.operands.wording import wording
 from attnc.passes.detect import Env, Found
+from attnc.passes.detect.found import Joined, Making
 from attnc.passes.detect.graph import shape
 from attnc.passes.detect.layout import Recipe
 from attnc.passes.detect.pull import OverBudgetError
@@ -32,6 +33,8 @@ __all__ = ["Namer"]
 
 ROUNDS = 4
 """Norms and rotations that are named one behind the other."""
+LENGTH = 2
+"""Axis of the positions in a canonical operand."""
 LIMIT = 600
 """Elements that are visited on the way back to what an operand is made from."""
 
@@ -54,9 +57,15 @@ class Namer:
 
     def names(self, found: Found) -> dict[str, str]:
         """Return a text for q and for k, such as ``rms-norm, rope(half)``; none for one without a name."""
-        recipes = {n: r for n in ("q", "k") if isinstance(r := found.operands[n], Recipe)}
-        texts = {n: self._name(r) for n, r in recipes.items()}
+        texts = {n: self._text(found.operands[n]) for n in ("q", "k")}
         return {n: text for n, text in texts.items() if text}
+
+    def _text(self, making: Making) -> str:
+        """Return the name of an operand; one that comes in pieces has the name that all of its pieces have."""
+        if isinstance(making, Joined) and making.axis == LENGTH:
+            texts = {self._text(p) if p is not None else "" for p in making.parts}
+            return texts.pop() if len(texts) == 1 else ""
+        return self._name(making) if isinstance(making, Recipe) else ""
 
     def _name(self, recipe: Recipe) -> str:
         at = place(recipe, self.nodes[recipe.source])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from attnc.capture import capture_export
 from attnc.passes.analyze.operands import Namer
 from attnc.passes.detect import detect
+from tests.corpus import CASES, make_inputs
 from tests.passes.analyze.operands import spellings as S
 from tests.rewriting import traced
 
@@ -41,6 +42,28 @@ def traced_names(model: nn.Module, *args: Tensor) -> dict[str, str]:
 
 def both(text: str) -> dict[str, str]:
     return {"q": text, "k": text}
+
+
+SAME = (
+    (S.half_by_rotate_half, S.half_by_two_products, S.half_in_float32, S.complex_parts),
+    (
+        S.interleaved_by_slices, S.interleaved_by_stacked_halves, S.interleaved_by_view,
+        S.interleaved_in_place, S.complex_polar,
+    ),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("group", SAME)
+def test_spellings_of_one_rotation_compute_the_same(group):
+    x = torch.randn(2, 3, 12, S.D)
+    t = S.angles(12)
+    first = torch.arange(S.HALF) if group is SAME[0] else torch.arange(0, S.D, 2)
+    second = first + (S.HALF if group is SAME[0] else 1)
+    expected = torch.empty_like(x)
+    expected[..., first] = x[..., first] * t.cos() - x[..., second] * t.sin()
+    expected[..., second] = x[..., second] * t.cos() + x[..., first] * t.sin()
+    for f in group:
+        torch.testing.assert_close(f(x), expected, msg=f.__name__)
 
 
 @pytest.mark.parametrize("f", S.ROTATIONS, ids=lambda f: f.__name__)
@@ -186,3 +209,12 @@ def test_layers_are_read_once_and_named_alike():
     namer = Namer(captured.work, captured.tensors)
     assert [namer.names(f) for f in found] == [both("rms-norm, rope(half)")] * 6
     assert len(namer._known) <= 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_corpus_without_rotations_has_no_names(name):
+    graph = traced(CASES[name].f, make_inputs(CASES[name])).work
+    found, _ = detect(graph, {})
+    namer = Namer(graph, {})
+    assert [namer.names(f) for f in found] == [{}] * len(found)
