@@ -51,7 +51,8 @@ class Spelling:
     rotary: str = axis("none halves interleaved complex partial tables", "8 1 1 1 1 1")
     contraction: str = axis("matmul transpose swapped einsum einsum_moved mul_sum bmm own", "3 2 1 2 1 1 1 3")
     scale: str = axis(
-        "none q k both after divided constant learned per_head per_query", "2 2 1 1 3 2 1 1 1 1"
+        "none q k both after divided constant learned per_head per_query per_key per_batch",
+        "4 4 2 2 6 4 2 2 2 1 1 1",
     )
     edit: str = axis("none shift softcap clamp relu", "16 1 2 1 1")
     bias: str = axis("none dense per_head keys_only table alibi alibi_keys learned_rows", "9 2 1 1 1 1 1 1")
@@ -65,9 +66,10 @@ class Spelling:
     more: str = axis("none padding causal window documents dense", "7 2 1 1 1 0.5")
     joined: str = axis("and fills hide_or product all")
     applied: str = axis(
-        "masked_fill where add subtract multiply expanded log full blend", "6 6 6 2 4 2 2 2 1"
+        "masked_fill where where_not add subtract multiply expanded log full blend", "6 4 2 6 2 4 2 2 2 1"
     )
     fill: str = axis("inf min min32 big small", "4 3 1 1 1")
+    more_fill: str = axis("same inf min big small", "4 1 1 1 1")
     cast: str = axis("none to type_as double softmax_dtype", "8 1 1 1 1")
     norm: str = axis(
         "softmax functional aten safe moved rows shifted log_softmax logsumexp exp_sum exp_max exp_recip "
@@ -157,7 +159,8 @@ RULES: list[Rule] = [
     (lambda x: x.mask in ("none", *DATA), {"positions": "arange"}),
     (lambda x: not {x.mask, x.more} & {"padding", "rows"}, {"given": "bool"}),
     # Without a maximum taken off, a row of finite fills is 0 / 0, where exact arithmetic spreads the weights.
-    (lambda x: x.norm in ("exp_sum", "late"), {"fill": "inf"}),
+    (lambda x: x.norm in ("exp_sum", "late"), {"fill": "inf", "more_fill": "same"}),
+    (lambda x: x.joined != "fills" or x.applied in ("multiply", "blend", "log"), {"more_fill": "same"}),
     (lambda x: x.applied in ("multiply", "blend") and x.fill == "inf", {"applied": "add"}),
     (lambda x: x.applied == "log", {"fill": "inf"}),
     (lambda x: x.scale == "none" and x.edit == "none" and x.bias == "none", {"order": "scale_bias_mask"}),

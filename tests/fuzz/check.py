@@ -154,12 +154,14 @@ def allowance(x: Spelling, args: tuple[Tensor, ...]) -> float:
     it, finite and not so large that it swallows the score, counts as its size. The softmax makes that a
     relative error of the weights, twice; a value is a sum over keys.
     """
-    largest = max([float(a.abs().max()) for a in args if a.is_floating_point() and a.numel()], default=1.0)
+    finite = [a[a.isfinite()].abs() for a in args if a.is_floating_point()]
+    largest = max([float(a.max()) for a in finite if a.numel()], default=1.0)
     size = max(largest, 1.0)
-    score = 16 * size**2 * (size if x.scale in ("learned", "per_head", "per_query") else 1.0)
+    score = 16 * size**2 * (size if x.scale == "learned" or x.scale.startswith("per_") else 1.0)
     if x.k_layout == "projected" or x.q_layout == "projected":
         score *= 9 * size**2
-    added = {"big": 2e9, "small": 2e4}.get(x.fill, 0.0) if x.mask != "none" else 0.0
+    sizes = {"big": 2e9, "small": 2e4}
+    added = max(sizes.get(x.fill, 0.0), sizes.get(x.more_fill, 0.0)) if x.mask != "none" else 0.0
     return 64 * EPS * (score + added) * 8 * size**3
 
 

@@ -147,6 +147,7 @@ ADDED = {
 REPLACED = {
     "masked_fill": "{w}.masked_fill(~{k}, {f})",
     "where": "torch.where({k}, {w}, {f})",
+    "where_not": "torch.where(~{k}, {f}, {w})",
     "full": "torch.where({k}, {w}, torch.full((), {f}, dtype=torch.float64))",
     "blend": "{w} * {k} + (1 - {k}.to(torch.float64)) * {f}",
 }
@@ -155,14 +156,19 @@ REPLACED = {
 def write_added(w: Writer, x: Spelling, names: list[str]) -> None:
     """Write what is added to the scores, where masks are added: once, before heads are looped over."""
     if x.applied in ADDED:
-        w(*(f"{n}_added = {ADDED[x.applied].format(k=n, f=FILLS[x.fill])}" for n in names))
+        w(*(f"{n}_added = {ADDED[x.applied].format(k=n, f=fill_of(x, n))}" for n in names))
+
+
+def fill_of(x: Spelling, name: str) -> str:
+    """Return what hidden positions of a mask are filled with."""
+    return FILLS[x.fill if name == "keep" or x.more_fill == "same" else x.more_fill]
 
 
 def hidden(x: Spelling, scores: str, name: str, placed: dict[str, str]) -> str:
     """Return the scores with what mask ``name`` hides filled; ``placed`` are tensors at the scores' axes."""
     if x.applied in ADDED:
         return f"{scores} {'-' if x.applied == 'subtract' else '+'} {placed[name + '_added']}"
-    return REPLACED[x.applied].format(w=scores, k=placed[name], f=FILLS[x.fill])
+    return REPLACED[x.applied].format(w=scores, k=placed[name], f=fill_of(x, name))
 
 
 def truth_text(x: Spelling) -> str:

@@ -285,12 +285,12 @@ NEAR_MISSES: dict[str, NearMiss] = {
     "written_values": miss(
         WRITTEN, operands="v = v.clone()", scores="v[:, :, :1].add_(1.0)"
     ),
-    "written_scores": miss(WRITTEN, scores="seen = w.view(-1)[:2]; seen.mul_(0.5); w.add_(0.25)"),
+    "written_scores": miss(WRITTEN, scores="seen = w[..., :1]; seen.mul_(0.5); w.add_(0.25)"),
     "written_weights": miss(
         WRITTEN | {"norm": "softmax"}, weights="w[..., 0].zero_()"
     ),
     "written_weights_by_view": miss(
-        WRITTEN | {"norm": "softmax"}, weights="seen = w.view(-1); seen[:3] = 0.5"
+        WRITTEN | {"norm": "softmax"}, weights="seen = w.unsqueeze(0); seen[..., 1:3] = 0.5"
     ),
     "written_queries_late": miss(
         WRITTEN, operands="q = q.clone()", out="q.zero_(); out = out + q.sum()"

@@ -162,6 +162,8 @@ def _scale(x: Spelling, f: Frame, c: float, flipped: bool) -> list[str]:
         "learned": ["w = w * factor"],
         "per_head": [f"w = w * {f.place('factor', True, False, flipped)}"],
         "per_query": [f"w = w * {f.place('factor', False, True, flipped)}"],
+        "per_key": [f"w = w * {f.place('factor', False, False, flipped)}"],
+        "per_batch": [f"w = w * {f.place('factor', False, False, flipped)}"],
     }.get(x.scale, [])
 
 
@@ -172,15 +174,27 @@ def write_before(w: Writer, x: Spelling) -> None:
         w(f"q = q * {c if x.scale == 'q' else math.sqrt(c)!r}")
     if x.scale in ("k", "both"):
         w(f"k = k * {c if x.scale == 'k' else math.sqrt(c)!r}")
-    shapes = {"learned": (), "per_head": ("h * n",), "per_query": ("s",)}
+    shapes = {
+        "learned": (),
+        "per_head": ("h * n",),
+        "per_query": ("s",),
+        "per_key": ("t",),
+        "per_batch": ("b",),
+    }
     if x.scale in shapes:
         w.take("factor", *shapes[x.scale], kind="factor")
-        view = {"per_head": "[None, :, None, None]", "per_query": "[None, None, :, None]"}
+        view = {
+            "per_head": "[None, :, None, None]",
+            "per_query": "[None, None, :, None]",
+            "per_key": "[None, None, None]",
+            "per_batch": "[:, None, None, None]",
+        }
         if x.scale in view:
             w(f"factor = factor{view[x.scale]}")
     distance = "(torch.arange(t)[None] - torch.arange(s)[:, None])"
     if x.bias in ("dense", "per_head"):
-        w.take("bias", random.Random(x.seed).choice("1b"), "h * n" if x.bias == "per_head" else "1", "s", "t")
+        batch, heads = random.Random(x.seed).choice("1b"), "h * n" if x.bias == "per_head" else "1"
+        w.take("bias", batch, heads, "s", "t", kind="bias")
     elif x.bias == "keys_only":
         w.take("row", "b", "t")
         w("bias = row[:, None, None]")

@@ -43,8 +43,10 @@ class Input:
     def draw(self, z: Sizes, g: torch.Generator, how: str) -> Tensor:
         """Return a tensor of the kind; ``how`` is usual, wide (large values) or hidden (rows of no keys)."""
         shape = [int(eval(n, {}, dict(z))) for n in self.shape]
-        if self.kind == "normal":
+        if self.kind in ("normal", "bias"):
             x = torch.randn(shape, generator=g, dtype=torch.float64)
+            if self.kind == "bias" and how == "hidden":
+                x = x.masked_fill(x < -0.5, -torch.inf)
             return x * 3 if how == "wide" else x
         if self.kind == "factor":
             return torch.rand(shape, generator=g, dtype=torch.float64) + 0.5
