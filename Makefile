@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 ARGS   ?=
+# Processes that share the tests; `make test JOBS=0` runs them in one, as a debugger needs it.
+JOBS   ?= 2
 N      ?= 20000
 
 VENV  := .venv
@@ -26,10 +28,10 @@ demo: $(STAMP)  ## a real checkpoint through the whole compiler
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(STAMP)  ## the tests, without those marked slow or gpu
-	$(BIN)/pytest -m "not slow and not gpu" $(ARGS)
+	$(BIN)/pytest -n $(JOBS) -m "not slow and not gpu" $(ARGS)
 
 test-all: $(STAMP)  ## all tests; those that need a GPU are skipped where there is none
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(JOBS) $(ARGS)
 
 fuzz: $(STAMP)  ## N=20000 attention programs at random, rewritten and compared; failures go to build/fuzz
 	$(BIN)/python -m tests.fuzz -n $(N) $(ARGS)
