@@ -25,6 +25,7 @@ from attnc.capture_alias import bypass, hidden_writes, op_name
 from attnc.capture_bodies import branches, inline_bodies
 from attnc.capture_dynamo import backend, make_backend
 from attnc.capture_links import link_moments, link_nodes
+from attnc.capture_plain import plain_copy
 from attnc.capture_program import OWN_BACKWARD
 from attnc.capture_sizes import Slides, free_shapes
 from attnc.capture_trial import describe, noted_functions, trial, unchanged
@@ -239,15 +240,23 @@ def _safe_to_functionalize(exported: ExportedProgram) -> ExportedProgram:
 def _captured(exported: ExportedProgram, door: Door, export_seconds: float, notes: list[str]) -> Captured:
     """Make the functional copy and gather what the passes need to know about the inputs."""
     start = time.perf_counter()
-    source = _safe_to_functionalize(exported)
-    with _quiet():
-        functional = source.run_decompositions({})
+    functional, work = exported, plain_copy(exported.graph)
+    if work is None:
+        source = _safe_to_functionalize(exported)
+        with _quiet():
+            functional = source.run_decompositions({})
+        work = functional.graph
     seconds = {"export": export_seconds, "functionalize": time.perf_counter() - start}
     mutated = _mutated_inputs(functional)
     tensors, fqn = _live_tensors(functional, exported, mutated)
     inputs = tuple(
         s.arg.name for s in functional.graph_signature.input_specs if s.kind is InputKind.USER_INPUT
     )
+    if functional is exported:
+        links = moments = {n.name: n.name for n in work.nodes if n.op != "output"}
+    else:
+        links = link_nodes(exported.graph, work, mutated, source.graph)
+        moments = link_moments(exported.graph, work, source.graph)
     log.info(
         "%d nodes captured in %.2f s, functional copy in %.2f s", len(exported.graph.nodes), *seconds.values()
     )
@@ -255,14 +264,14 @@ def _captured(exported: ExportedProgram, door: Door, export_seconds: float, note
         door=door,
         owner=exported.graph_module,
         graph=exported.graph,
-        work=functional.graph,
-        links=link_nodes(exported.graph, functional.graph, mutated, source.graph),
-        moments=link_moments(exported.graph, functional.graph, source.graph),
+        work=work,
+        links=links,
+        moments=moments,
         tensors=tensors,
         fqn=fqn,
         user_inputs=inputs,
         exported=exported,
-        static=fixed_sizes(functional.graph, inputs),
+        static=fixed_sizes(work, inputs),
         warnings=notes,
         seconds=seconds,
         branches=branches(exported.graph_module, exported.graph),

@@ -1,11 +1,11 @@
 """Bring attention out of the bodies of higher-order calls, where rules and rewrites cannot follow it.
 
-``torch.export`` puts what runs without gradients, or under autocast, into sub-graphs.  A body that may hold
-attention is written into the outer graph, where its masks can be derived and its sites rewritten:
+``torch.export`` puts what runs without gradients, or under autocast, into sub-graphs.  Such a body is written
+into the outer graph, where masks can be derived and sites rewritten:
 
-- without gradients: the body reads detached inputs, so nothing in it is recorded for a backward pass and
+- without gradients, always (a rotary table, say): the body reads detached inputs, so nothing in it is recorded for a backward pass and
   nothing that leaves it requires gradients, exactly as under ``torch.no_grad``;
-- autocast: every cast that autocast makes is written down (``capture_autocast``).  That is right only where
+- autocast, where the body may hold attention: every cast that autocast makes is written down (``capture_autocast``).  That is right only where
   the call itself runs without autocast, which is what a program's key asks for.
 
 Branches of ``torch.cond`` stay bodies, since only one of them runs; each is a small captured graph of its
@@ -57,7 +57,7 @@ def may_attend(graph: fx.Graph) -> bool:
 
 
 def inline_bodies(program: ExportedProgram, *, autocast: bool) -> ExportedProgram:
-    """Return the program with bodies that may hold attention written out; itself if there is none.
+    """Return the program with the bodies that can be written out in its graph; itself if there is none.
 
     ``autocast`` says whether bodies under autocast may be written out.
     """
@@ -80,11 +80,11 @@ def inline_bodies(program: ExportedProgram, *, autocast: bool) -> ExportedProgra
 
 def _can_inline(call: fx.Node, autocast: bool) -> bool:
     name = call.target.name() if isinstance(call.target, torch._ops.HigherOrderOperator) else ""
-    known = (name == "wrap_with_set_grad_enabled" and call.args[0] is False) or (
-        name == "wrap_with_autocast" and autocast
-    )
-    plain = all(u.op == "call_function" and op_name(u) == "getitem" for u in call.users)
-    return known and plain and any(may_attend(body.graph) for _, body in bodies_of(call))
+    if not all(u.op == "call_function" and op_name(u) == "getitem" for u in call.users):
+        return False
+    if name == "wrap_with_set_grad_enabled":
+        return call.args[0] is False
+    return name == "wrap_with_autocast" and autocast and any(may_attend(b.graph) for _, b in bodies_of(call))
 
 
 def _inline(owner: fx.GraphModule, call: fx.Node) -> None:

@@ -246,21 +246,40 @@ def _dropout(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
     return index if argument(node, 2, "train") is False or argument(node, 1, "p") == 0 else None
 
 
+def _cast(node: fx.Node, src: fx.Node, index: Index) -> Index | None:
+    """Follow a cast that changes nothing."""
+    here, there = tensor_of(node), tensor_of(src)
+    same = here is not None and there is not None and (here.dtype, here.device) == (there.dtype, there.device)
+    return index if same else None
+
+
 _Rule = Callable[[fx.Node, fx.Node, Index], Index | None]
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(
         ("clone", "contiguous", "alias", "detach", "lift_fresh_copy", "lift_fresh", "lift"), _same
     ),
     **dict.fromkeys(
-        ("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "view_copy"), _reshape
+        (
+            "view",
+            "_unsafe_view",
+            "reshape",
+            "flatten",
+            "unflatten",
+            "squeeze",
+            "view_copy",
+            "view_as",
+            "reshape_as",
+            "ravel",
+        ),
+        _reshape,
     ),
     **dict.fromkeys(
         ("permute", "transpose", "swapaxes", "swapdims", "t", "mT", "numpy_T", "movedim", "moveaxis"),
         _permute,
     ),
     "unsqueeze": _unsqueeze,
-    "expand": _expand,
-    "expand_as": _expand,
+    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
+    **dict.fromkeys(("to", "_to_copy", "type_as"), _cast),
     "slice": _slice,
     "narrow": _narrow,
     "select": _select,
@@ -269,7 +288,7 @@ _RULES: dict[str, _Rule] = {
     "dropout": _dropout,
 }
 _OTHER_BITS = frozenset({"view.dtype", "view_copy.dtype"})
-_REPEATS = frozenset({"expand", "expand_as", "repeat", "repeat_interleave"})
+_REPEATS = frozenset({"expand", "expand_as", "broadcast_to", "repeat", "repeat_interleave"})
 
 
 def piece(at: At) -> At | None:

@@ -1,0 +1,60 @@
+"""Tell whether an exported graph can be read as it is, without a functional copy.
+
+``run_decompositions({})`` traces the whole program again, which costs about twice the export.  What detection
+needs from it is that nothing is written in place, that bodies of higher-order calls are inlined, and that
+views are spelled by few operations.  Most models have all that from the start; the rest are traced again.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import fx
+
+from attnc.capture_alias import op_name, writes
+
+_KNOWN_VIEW_NAMES = """
+reshape contiguous to flatten unflatten expand_as chunk split movedim moveaxis swapaxes swapdims narrow
+type_as view_as reshape_as broadcast_to ravel mT numpy_T
+"""
+_KNOWN_VIEWS = frozenset(_KNOWN_VIEW_NAMES.split())
+"""Composite views that the index maps of detection know by name; functionalization spells them otherwise."""
+_METADATA = "_assert_tensor_metadata"
+
+
+def plain_copy(graph: fx.Graph) -> fx.Graph | None:
+    """Return a copy of a graph without dead code, with the same names; None if it is not functional."""
+    if not all(map(_is_plain, graph.nodes)):
+        return None
+    work = copy.deepcopy(graph)
+    for node in list(work.nodes):
+        if node.target is torch.ops.aten.detach_.default:
+            node.target = torch.ops.aten.detach.default
+        if op_name(node) == _METADATA:
+            work.erase_node(node)
+    work.eliminate_dead_code()
+    return work
+
+
+def _is_plain(node: fx.Node) -> bool:
+    if node.op != "call_function":
+        return node.op in ("placeholder", "output", "get_attr")
+    target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return False
+    if not isinstance(target, torch._ops.OpOverload):
+        return not writes(node)
+    if target is torch.ops.aten.detach_.default:  # a mark for autograd: values and shapes stay
+        return True
+    name = op_name(node)
+    if writes(node) or name.startswith(("_set_grad", "_add_batch", "_remove_batch", "_vmap")):
+        return False
+    if name in ("batch_norm", "instance_norm", "rrelu"):
+        return name == "batch_norm" and node.args[5] is False
+    aliases = any(r.alias_info is not None for r in target._schema.returns)
+    return not aliases or name in _KNOWN_VIEWS or not _is_composite(target)
+
+
+def _is_composite(target: torch._ops.OpOverload) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(target._name, "CompositeImplicitAutograd"))
