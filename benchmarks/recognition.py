@@ -131,16 +131,21 @@ def main() -> int:
     corpus = Corpus(a.corpus.resolve())
     parts = [p for p in ("spellings", "zoo") if getattr(a, p)] or ["spellings", "zoo"]
     warm(corpus, wanted)
-    file = RESULTS / "recognition.json"
-    results: Row = json.loads(file.read_text()) if file.is_file() else {}
     for tool in TOOLS:
         if tool.name in wanted:
-            results = merge(results, tool.name, run_tool(corpus, tool, parts, a))
+            entry = run_tool(corpus, tool, parts, a)
+            results = merge(_written(), tool.name, entry)  # read now, since another run may have written it
             if not a.only:
-                file.write_text(json.dumps(results, indent=1) + "\n")
+                (RESULTS / "recognition.json").write_text(json.dumps(results, indent=1) + "\n")
                 scoreboard.write(results, RESULTS / "recognition.md", ROOT / "README.md")
-    print(scoreboard.table(results))
+    print(scoreboard.table(results if a.only else _written()))
     return 0
+
+
+def _written() -> Row:
+    file = RESULTS / "recognition.json"
+    found: Row = json.loads(file.read_text()) if file.is_file() else {}
+    return found
 
 
 if __name__ == "__main__":
