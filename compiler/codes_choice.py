@@ -7,8 +7,8 @@ from attnc.codes_rows import Code
 KEPT = (
     Code(
         "internal-error",
-        "Report this with the model: the error is attnc's own.  The site runs as it was.",
-        "A stage of the compiler raised on this site.  It was left as it was, so that the model still runs.",
+        "Report this with the model: the error is attnc's own. The site runs as it was.",
+        "A stage of the compiler raised on this site. It was left as it was, so that the model still runs.",
     ),
     Code(
         "form-not-allowed",

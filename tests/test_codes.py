@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,30 +17,34 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("passes", "compiler", "codegen")
 
 
-def trees() -> Iterator[tuple[str, ast.Module]]:
-    for folder in FOLDERS:
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            yield str(path.relative_to(ROOT)), ast.parse(path.read_text(encoding="utf-8"))
+@cache
+def trees() -> dict[str, ast.Module]:
+    paths = [p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py"))]
+    return {str(p.relative_to(ROOT)): ast.parse(p.read_text(encoding="utf-8")) for p in paths}
 
 
-def raisers() -> dict[str, int]:
-    """Return where the code stands in calls of Miss, and of functions that hand their ``code`` on to one."""
-    takers = [
-        (f, names)
-        for _, tree in trees()
-        for f in ast.walk(tree)
-        if isinstance(f, ast.FunctionDef) and "code" in (names := [a.arg for a in f.args.args])
-    ]
-    out = {"Miss": 0}
+@cache
+def raisers() -> dict[str, dict[str, int]]:
+    """Return, per file, where the code stands in calls of Miss and of functions that hand a ``code`` on.
+
+    A private function counts in its own file only.
+    """
+    sources = trees()
+    out: dict[str, dict[str, int]] = {path: {"Miss": 0} for path in sources}
     while True:
-        more = {
-            f.name: names.index("code") - (names[0] == "self")
-            for f, names in takers
-            if any(_called(c) in out and any(map(_hands_on, c.args)) for c in _calls(f))
-        }
-        if more.keys() <= out.keys():
+        more = [
+            (p, f.name, names.index("code") - (names[0] == "self"))
+            for path, tree in sources.items()
+            for f in ast.walk(tree)
+            if isinstance(f, ast.FunctionDef) and "code" in (names := [a.arg for a in f.args.args])
+            if any(_called(c) in out[path] and any(map(_hands_on, c.args)) for c in _calls(f))
+            for p in ([path] if f.name.startswith("_") else sources)
+            if f.name not in out[p]
+        ]
+        if not more:
             return out
-        out |= more
+        for path, name, at in more:
+            out[path][name] = at
 
 
 def _calls(node: ast.AST) -> Iterator[ast.Call]:
@@ -53,14 +58,25 @@ def _called(call: ast.Call) -> str:
 def raised() -> Iterator[tuple[str, str | None]]:
     """Yield place and code of each call in the sources; None where it is neither constant nor handed on."""
     known = raisers()
-    for path, tree in trees():
+    for path, tree in trees().items():
+        named = _constants_of(tree)
         for call in _calls(tree):
-            at = known.get(_called(call))
+            at = known[path].get(_called(call))
             if at is None or (at < len(call.args) and _hands_on(call.args[at])):
                 continue
             given = call.args[at] if at < len(call.args) else _keyword(call)
-            for code in _constants(given):
+            for code in _constants(given, named):
                 yield f"{path}:{call.lineno}", code
+
+
+def _constants_of(tree: ast.Module) -> dict[str, str]:
+    """Return the names that a file gives to texts, at its top."""
+    return {
+        n.targets[0].id: n.value.value
+        for n in tree.body
+        if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)
+        if isinstance(n.value, ast.Constant) and isinstance(n.value.value, str)
+    }
 
 
 def _hands_on(node: ast.expr) -> bool:
@@ -71,14 +87,19 @@ def _keyword(call: ast.Call) -> ast.expr | None:
     return next((k.value for k in call.keywords if k.arg == "code"), None)
 
 
-def _constants(node: ast.expr | None) -> list[str | None]:
-    """Return the constants that an argument can be."""
-    arms = [node.body, node.orelse] if isinstance(node, ast.IfExp) else [node]
-    return [a.value if isinstance(a, ast.Constant) and isinstance(a.value, str) else None for a in arms]
+def _constants(node: ast.expr | None, named: dict[str, str]) -> list[str | None]:
+    """Return the texts that an argument can be."""
+    out: list[str | None] = []
+    for arm in [node.body, node.orelse] if isinstance(node, ast.IfExp) else [node]:
+        if isinstance(arm, ast.Name):
+            out.append(named.get(arm.id))
+        else:
+            out.append(arm.value if isinstance(arm, ast.Constant) and isinstance(arm.value, str) else None)
+    return out
 
 
 def test_every_code_raised_has_a_row():
-    assert {"Miss", "refuse"} <= raisers().keys()
+    assert all({"Miss", "refuse"} <= known.keys() for known in raisers().values())
     open_ended = [place for place, code in raised() if code is None]
     assert not open_ended, f"a code must be a constant where it is raised: {open_ended}"
     missing = {code: place for place, code in raised() if code is not None and code not in codes()}

@@ -61,7 +61,7 @@ class Namer:
         return {n: text for n, text in texts.items() if text}
 
     def _text(self, making: Making) -> str:
-        """Return the name of an operand; one that comes in pieces has the name that all of its pieces have."""
+        """Return the name of an operand; one that comes in pieces has the name that all pieces have."""
         if isinstance(making, Joined) and making.axis == LENGTH:
             texts = {self._text(p) if p is not None else "" for p in making.parts}
             return texts.pop() if len(texts) == 1 else ""
