@@ -52,6 +52,10 @@ class Constants:
         found = self._fits[node.name]
         return None if found is None else found(index)
 
+    def stands_for(self, name: str) -> bool:
+        """Say whether a closed form was given for this stored tensor."""
+        return self._fits.get(name) is not None and self.stored(name) is not None
+
     def _value(self, node: fx.Node) -> Tensor | None:
         stored = self.stored(node.name)
         if stored is not None:

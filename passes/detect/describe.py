@@ -40,6 +40,7 @@ class Written:
     captured: Mapping[str, Making]
     result: Recipe
     skipped: tuple[fx.Node, ...]
+    conditions: tuple[str, ...] = ()
 
 
 def write(s: Skeleton, env: Env, beside: frozenset[Expr] = frozenset()) -> Written | Miss:
@@ -75,7 +76,7 @@ def _written(s: Skeleton, env: Env, chosen: dict[str, list[Candidate]], r: Roles
     spec = AttentionSpec(q, k, v, group, steps, mask, fill, norm, captured, s.dropout)
     made = {o.name: draft.recipes[o.name] for o in captured}
     skipped = tuple(n for c in picked.values() for n in c.skipped)
-    return Written(s, spec, r, recipes, made, result, skipped)
+    return Written(s, spec, r, recipes, made, result, skipped, tuple(draft.conditions))
 
 
 def finish(
@@ -99,7 +100,9 @@ def finish(
     region, escapes = region_of(interior, output, skipped, {n for r in made for n in r.reads} | set(reads))
     path, kind = module_path(s.anchor.weights)
     site = Site(name, path, f"{kind} {source_line(s.anchor.weights)}".strip())
-    match = Match(written.spec, site, frozenset(region), output.name, tuple(reversed(s.trail)), escapes)
+    trail = tuple(reversed(s.trail))
+    conditions = tuple(dict.fromkeys(c for w in parts for c in w.conditions))
+    match = Match(written.spec, site, frozenset(region), output.name, trail, escapes, conditions)
     fused = s.trail == ["sdpa-call"]
     return Found(
         match,

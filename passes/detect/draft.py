@@ -36,6 +36,7 @@ class Draft:
     shift: float = 0.0
     captured: list[Operand] = field(default_factory=list)
     recipes: dict[str, Recipe | Computed] = field(default_factory=dict)
+    conditions: list[str] = field(default_factory=list)
 
     def refuse(self, code: str, why: str) -> NoReturn:
         """Give up on the site."""

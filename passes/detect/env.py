@@ -250,6 +250,17 @@ class Env:
             self.given_up.setdefault(at.node.name, f"its derivation was given up at {e}")
             return self.puller.constants.at(at.node, at.index)
 
+    def fitted_under(self, node: fx.Node) -> tuple[str, ...]:
+        """Return the stored tensors that ``node`` is made from and that closed forms stand for, by name."""
+        seen: dict[fx.Node, None] = {}
+        stack = [node]
+        while stack:
+            n = stack.pop()
+            if n not in seen:
+                seen[n] = None
+                stack += n.all_input_nodes
+        return tuple(sorted(n.name for n in seen if self.puller.constants.stands_for(n.name)))
+
     def scalar(self, x: object) -> float | None:
         """Return a constant argument, else None.
 

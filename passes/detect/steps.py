@@ -173,6 +173,8 @@ def _add_mask(d: Draft, mod: RawMask, env: Env) -> None:
             return
         else:
             mod = replace(mod, keep=_condition(d, mod.at, mod.sense))
+    elif mod.at is not None:
+        d.conditions += [f"{name} holds the values it held" for name in env.fitted_under(mod.at.node)]
     first = d.mask
     same = first is not None and first.value == mod.value
     if first is None:
@@ -249,6 +251,7 @@ def write_mask(d: Draft) -> tuple[M.Mask, Fill]:
     b, h, q, k = d.grid()
     where = Positions(_position(q), _position(k), size_of(q), size_of(k), (b, h, q, k))
     lifted = lift(d.mask.keep, where, len(d.captured))
+    d.conditions += lifted.conditions
     for name, axes, value in lifted.operands:
         roles = {"bk": (r.batch, r.key), "bq": (r.batch, r.query), "b": (r.batch,), "bhqk": d.grid()}[axes]
         used = set(E.indices(value))

@@ -9,7 +9,7 @@ two rows and never a matrix.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from attnc import expr as E
@@ -31,6 +31,8 @@ class Positions:
     sq: Expr
     sk: Expr
     roles: tuple[tuple[Expr, ...], ...]
+    used: list[str] = field(default_factory=list, compare=False)
+    """What a closed form took from fixed lengths, in words: it holds there and may not elsewhere."""
 
     @cached_property
     def symbols(self) -> dict[Expr, Expr]:
@@ -99,10 +101,22 @@ def _always(c: Expr, at: Positions) -> bool:
     """
     if E.nonneg(E.neg(c.args[0])):
         return True
-    alone = len({x.args[0] for x in E.walk(c) if x.op == "index"}) < 2
+    axes = {x.args[0] for x in E.walk(c) if x.op == "index"}
+    alone = len(axes) < 2
     ends = [n - 1 if (n := E.as_int(size)) is not None and alone else FAR for size in (at.sq, at.sk)]
-    anywhere = {"q": (0, ends[0]), "k": (0, ends[1]), "Sq": (1, FAR), "Sk": (1, FAR)}
-    return bool(F.fold(c, Intervals(anywhere))[1])
+    anywhere = {"q": (0, FAR), "k": (0, FAR), "Sq": (1, FAR), "Sk": (1, FAR)}
+    if F.fold(c, Intervals(anywhere))[1]:
+        return True
+    if not F.fold(c, Intervals({**anywhere, "q": (0, ends[0]), "k": (0, ends[1])}))[1]:
+        return False
+    at.used.extend(text for axis in sorted(axes) for text in _fixed(at, axis))
+    return True
+
+
+def _fixed(at: Positions, axis: str) -> list[str]:
+    """Return that the axis has its fixed length, nothing where the length is free."""
+    n = E.as_int(at.sk if axis == "k" else at.sq)
+    return [] if n is None else [f"S{axis} <= {n}"]
 
 
 def _interval(c: Expr, at: Positions) -> M.Mask | None:
@@ -126,6 +140,7 @@ def _compare(p: Expr, at: Positions) -> M.Mask | None:
     for axis, x in (("k", at.k), ("q", at.q)):
         n = E.as_int(E.sub(p, x))
         if n is not None and E.nonneg(E.neg(p)):
+            at.used.extend(_fixed(at, axis))
             return M.FULL  # a position is below its length
         if n is not None and -n + 1 >= 0:
             return M.Range("k" if axis == "k" else "q", 0, -n + 1)
@@ -220,11 +235,11 @@ def formula_of_rows(c: Expr, at: Positions, name: Name) -> M.Mask | None:
     if not F.is_closed(E.le0(total)) and E.as_int(total) is None:
         return None
     for axes in sorted(sums):
-        part, sign = sums[axes], 1
-        if E.terms(part)[-1][1] < 0:
-            part, sign = E.neg(part), -1
+        rows, sign = sums[axes], 1
+        if E.terms(rows)[-1][1] < 0:
+            rows, sign = E.neg(rows), -1
         places = tuple(F.POSITIONS[a] for a in axes)
-        total = E.add(total, E.mul(E.integer(sign), E.load(name(axes, part), places, "int")))
+        total = E.add(total, E.mul(E.integer(sign), E.load(name(axes, rows), places, "int")))
     return M.Formula(E.le0(total) if c.op == "le0" else E.eq0(total))
 
 

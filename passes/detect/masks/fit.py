@@ -52,11 +52,12 @@ def _fit_core(t: Tensor) -> Fit | None:
         return lambda index: value
     if t.dim() == 1:
         return _row(t)
-    values = t.unique()
-    if len(values) == 2:
-        low, high = (_literal(v) for v in values)
-        keep = _pairs(t == values[1]) if t.dim() == 2 else _windows(t == values[1])
-        negated = None if keep is not None or t.dim() > 2 else _pairs(t == values[0])
+    numbers = t.to(torch.uint8) if t.dtype == torch.bool else t
+    least, most = (x.to(t.dtype) for x in (numbers.min(), numbers.max()))
+    if bool(((t == least) | (t == most)).all()):
+        low, high = _literal(least), _literal(most)
+        keep = _pairs(t == most) if t.dim() == 2 else _windows(t == most)
+        negated = None if keep is not None or t.dim() > 2 else _pairs(t == least)
         if keep is not None:
             return lambda index: E.where(keep(index), high, low)
         if negated is not None:

@@ -21,13 +21,15 @@ __all__ = ["Lifted", "Positions", "lift"]
 
 @dataclass(frozen=True, slots=True)
 class Lifted:
-    """A predicate, and for each operand that it names the value to compute and its axes.
+    """A predicate, for each operand that it names the value to compute and its axes, and where it holds.
 
+    ``conditions`` lists what it took from fixed lengths; without any it holds for all lengths.
     Values are conditions with axes ``bk``, ``bq`` or ``bhqk``, or integers with ``bk``, ``bq`` or ``b``.
     """
 
     mask: M.Mask
     operands: tuple[tuple[str, str, Expr], ...]
+    conditions: tuple[str, ...] = ()
 
 
 def lift(keep: Expr, at: Positions, first_name: int) -> Lifted:
@@ -36,7 +38,8 @@ def lift(keep: Expr, at: Positions, first_name: int) -> Lifted:
     mask = _ordered(_aligned(work.mask(keep), at))
     read = [o for o in work.operands if o[0] in mask.operands]
     names = {o[0]: f"c{first_name + i}" for i, o in enumerate(read)}
-    return Lifted(M.rename(mask, names), tuple((names[n], axes, value) for n, axes, value in read))
+    operands = tuple((names[n], axes, value) for n, axes, value in read)
+    return Lifted(M.rename(mask, names), operands, tuple(dict.fromkeys(at.used)))
 
 
 @dataclass
@@ -131,5 +134,6 @@ def _aligned(mask: M.Mask, at: Positions) -> M.Mask:
     if isinstance(mask, M.Not):
         return M.Not(_aligned(mask.part, at))
     if isinstance(mask, M.Band) and mask.align == "start" and gap and mask.right == gap:
+        at.used.append(f"Sk - Sq == {gap}")
         return M.Band(None if mask.left is None else mask.left + gap, 0, "end")
     return mask

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from attnc.ir import Match
 from attnc.masks import Dense, Grid, Mask, integers
+from attnc.passes.detect import detect
 from tests.passes.detect.masks.constructions import CONSTRUCTIONS, Construction, Sizes
 from tests.rewriting import Forward, exported, only_spec, rounding
 
@@ -99,3 +101,36 @@ def test_values_are_never_guessed():
         return (q @ k.mT).masked_fill(~keep, NEG).softmax(-1) @ v
 
     assert isinstance(only_spec(exported(Forward(f), args)).mask, Dense)
+
+
+class Stored(torch.nn.Module):
+    """A causal mask in a buffer of a fixed size, of which a part is read (nanoGPT, GPT-2)."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("bias", mask.view(1, 1, 16, 16))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        w, n = q @ k.mT, q.shape[2]
+        part = self.bias[:, :, :n, :n]
+        return w.masked_fill(part == 0, NEG).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "free"])
+def test_a_stored_triangle_is_causal_and_one_pair_off_is_not(dynamic):
+    args = tuple(torch.randn(2, 3, 10, 4) for _ in range(3))
+    triangle = torch.ones(16, 16).tril()
+    for mask, causal in (
+        (triangle, True),
+        (triangle.index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(1.0)), False),
+    ):
+        found = sites_of(Stored(mask), args, dynamic)
+        assert [m.spec.mask.describe() for m in found] == (["causal"] if causal else ["dense"])
+        assert bool(found[0].conditions) == causal
+
+
+def sites_of(model: Stored, args: tuple[Tensor, ...], dynamic: bool) -> list[Match]:
+    t = exported(model, args, dynamic=dynamic)
+    found, missed = detect(t.work, {name: model.bias for name in t.tensors})
+    assert not missed
+    return [f.match for f in found]
