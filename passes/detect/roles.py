@@ -134,6 +134,7 @@ def refine_all(s: Skeleton, by: dict[Expr, Expr]) -> None:
     s.mods = [_refined_mod(m, by) for m in s.mods]
     s.sink = refine(s.sink, by) if s.sink else None
     s.gates = tuple(refine(x, by) for x in s.gates)
+    s.zeroed = replace(s.zeroed, keep=E.substitute(s.zeroed.keep, by)) if s.zeroed else None
 
 
 def choose(s: Skeleton, env: Env) -> dict[str, list[Candidate]] | Miss:

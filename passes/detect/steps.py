@@ -57,6 +57,23 @@ def write_steps(d: Draft, env: Env) -> None:
     norm = d.skeleton.anchor.norm
     if d.skeleton.sink is not None or norm.sink is not None or not isinstance(norm, Softmax):
         _settle_shift(d)
+    if d.skeleton.zeroed is not None:
+        _zero_hidden(d, d.skeleton.zeroed)
+
+
+def _zero_hidden(d: Draft, zeroed: RawMask) -> None:
+    """Read a mask after the softmax, equal to that before it: it acts on queries that see no key.
+
+    Hidden weights of other queries are zero already. What the softmax gave the rest, NaN or a spread over all
+    keys, becomes zeros (CPM-Ant).
+    """
+    mask = d.mask
+    if mask is None or mask.keep != zeroed.keep or mask.value > HUGE:
+        d.refuse(
+            "weights-masked", "weights are set to zero after the softmax, and not where scores are hidden"
+        )
+    d.mask = replace(mask, value=-math.inf, how="replace", at=mask.at if mask.how == "replace" else None)
+    d.zeroes = True
 
 
 def _settles(d: Draft) -> bool:
@@ -275,6 +292,8 @@ def write_norm(d: Draft, env: Env) -> Normalizer:
         if isinstance(norm, SignedSoftmax):
             _drop_magnitude(d)
         return norm
+    if d.zeroes:
+        norm = replace(norm, safe=True)
     if at is None:
         return norm
     value = env.derive(at)
