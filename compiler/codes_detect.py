@@ -146,6 +146,13 @@ WEIGHTS = (
         "and after the values, and is taken.",
     ),
     Code(
+        "weights-masked",
+        "Mask before the softmax and after it by one condition, or before it only.",
+        "Weights are set to zero after the softmax where the scores were not hidden before it, so the "
+        "weights that remain do not sum to 1. Where both masks are one, the second only gives zeros to "
+        "queries that see no key, and that is read.",
+    ),
+    Code(
         "terms-differ",
         "Give both softmaxes the same heads and the same layout.",
         "Weights of several softmaxes are added before they meet the values, as in differential "

@@ -20,6 +20,7 @@ from attnc.ir import AttentionSpec, Miss, Plan
 from attnc.passes.analyze.region_view import view_of_miss, view_of_rewrite, view_of_site
 from attnc.passes.analyze.source import blocking_op, blocking_source
 from attnc.passes.detect import Found
+from attnc.passes.detect.found import Term
 from attnc.passes.detect.graph import module_path, source_line
 from attnc.report import SiteRecord
 
@@ -66,6 +67,12 @@ class Job:
         return reason_of(self.miss) if self.miss is not None else "; ".join(m.why for m in self.passed)
 
 
+def _term(t: Term) -> str:
+    """Return one attention of a sum as text: its factors, then its spec."""
+    gates = "".join(f"{g.source} * " for g in t.gates)
+    return f"{t.number!r} * {gates}{t.spec}"
+
+
 def said(error: BaseException) -> str:
     """Return an error in one line: its type and the first line of its message."""
     lines = str(error).strip().splitlines()
@@ -87,6 +94,8 @@ def site_record(job: Job, nodes: Mapping[str, fx.Node]) -> SiteRecord:
     m = job.found.match
     spec: AttentionSpec = job.plan.spec if job.plan is not None else m.spec
     details: dict[str, Any] = {"trail": list(m.trail), "found": str(m.spec), **job.details}
+    if job.found.terms:
+        details["terms"] = [_term(t) for t in job.found.terms]
     if job.check is not None:
         details |= {"variant": job.check.variant, "gradients": job.check.gradients}
     return SiteRecord(

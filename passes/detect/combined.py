@@ -20,21 +20,27 @@ from attnc.passes.detect.contraction import Contraction, contractions_of
 from attnc.passes.detect.env import Env, step_into
 from attnc.passes.detect.graph import argument, base_name, is_float_cast, shape, tensor_of, users
 from attnc.passes.detect.norms.anchor import Anchor
+from attnc.passes.detect.norms.elementwise import zeroes
+from attnc.passes.detect.scores.fill import condition_mask
 from attnc.passes.detect.sites import Skeleton, score_side
 from attnc.passes.detect.solve import Solved, name_axes
 from attnc.passes.detect.views import At, stepped
 
-_LINEAR = frozenset({"add", "sub", "mul", "div", "neg"})
+_LINEAR = frozenset({"add", "sub", "mul", "div", "neg", "where", "masked_fill"})
 _FAR = 40
 """Nodes that are looked at between a normalizer and the values."""
 
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """What one attention is multiplied by: a number, and elements of tensors."""
+    """What one attention is multiplied by: a number, and elements of tensors.
+
+    ``zeroed`` says where weights are set to zero: the element of a condition, and whether a true one keeps.
+    """
 
     number: float = 1.0
     places: tuple[At, ...] = ()
+    zeroed: tuple[At, bool] | None = None
 
 
 @dataclass
@@ -143,7 +149,11 @@ def _part(
         return side
     by = solved.by_out
     side.gates = tuple(At(at.node, tuple(E.substitute(i, by) for i in at.index)) for at in x.factor.places)
-    side.trail.append("combined")
+    if x.factor.zeroed is not None:
+        at, keeps = x.factor.zeroed
+        index = (E.substitute(i, by) for i in at.index)
+        side.zeroed = condition_mask(At(at.node, tuple(index)), keeps, env)
+    side.trail.append("combined" if x.factor != Factor(1.0, (), x.factor.zeroed) else "zeroed-weights")
     return side
 
 
@@ -181,6 +191,10 @@ def _below(x: _Addend, known: Mapping[fx.Node, Anchor], env: Env) -> list[_Adden
             return None
         second = _times(x.factor, -1.0) if name == "sub" else x.factor
         return [_Addend(step_into(at, a), x.factor, passed), _Addend(step_into(at, b), second, passed)]
+    zeroed = zeroes(node, env)
+    if zeroed is not None and x.factor.zeroed is None:
+        factor = replace(x.factor, zeroed=(step_into(at, zeroed[1]), zeroed[2]))
+        return [_Addend(step_into(at, zeroed[0]), factor, passed)]
     if name not in ("mul", "div") or node.kwargs.get("rounding_mode"):
         return None
     return _scaled(x, passed, known, env)

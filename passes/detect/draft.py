@@ -34,6 +34,7 @@ class Draft:
     steps: list[Step] = field(default_factory=list)
     mask: RawMask | None = None
     shift: float = 0.0
+    zeroes: bool = False
     captured: list[Operand] = field(default_factory=list)
     recipes: dict[str, Recipe | Computed] = field(default_factory=dict)
     conditions: list[str] = field(default_factory=list)

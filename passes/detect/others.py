@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 from torch import fx
 
-from attnc import expr as E
 from attnc.ir import Miss
-from attnc.passes.detect.arithmetic import to_bool
 from attnc.passes.detect.contraction import Contraction
-from attnc.passes.detect.env import Env, RawBias, RawGain, RawMask, RawPointwise, step_into
+from attnc.passes.detect.env import Env, RawBias, RawGain, RawPointwise, step_into
 from attnc.passes.detect.graph import base_name, inputs
 from attnc.passes.detect.norms.elementwise import Weighing, weighing
+from attnc.passes.detect.scores.fill import condition_mask
 from attnc.passes.detect.sites import Pieces, Skeleton, skeleton
 from attnc.passes.detect.views import At
 
@@ -77,10 +75,7 @@ def _with_zeros(s: Skeleton, found: Weighing, env: Env) -> Skeleton:
     if found.zeroed is None:
         return s
     node, condition, keeps = found.zeroed
-    there = step_into(At(node, s.weights), condition)
-    value = env.derive(there)
-    keep = to_bool(value) if value is not None else E.load(there.node.name, there.index, "bool")
-    s.mods.append(RawMask(keep if keeps else E.not_(keep), -math.inf, "replace", there, 1 if keeps else -1))
+    s.mods.append(condition_mask(step_into(At(node, s.weights), condition), keeps, env))
     s.trail.append("zeroed-weights")
     return s
 

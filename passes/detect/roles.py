@@ -128,12 +128,13 @@ def refine_all(s: Skeleton, by: dict[Expr, Expr]) -> None:
         return
     s.scores, s.q, s.k, s.v = (refine(x, by) for x in (s.scores, s.q, s.k, s.v))
     s.key = E.substitute(s.key, by)
-    s.features = tuple(a for f in s.features for a in _ordered(E.substitute(E.generator(f), by)))
+    s.features = tuple(a for f in s.features for a in ordered(E.substitute(E.generator(f), by)))
     s.out = tuple(E.substitute(x, by) for x in s.out)
     s.weights = tuple(E.substitute(x, by) for x in s.weights)
     s.mods = [_refined_mod(m, by) for m in s.mods]
     s.sink = refine(s.sink, by) if s.sink else None
     s.gates = tuple(refine(x, by) for x in s.gates)
+    s.zeroed = replace(s.zeroed, keep=E.substitute(s.zeroed.keep, by)) if s.zeroed else None
 
 
 def choose(s: Skeleton, env: Env) -> dict[str, list[Candidate]] | Miss:
@@ -149,7 +150,7 @@ def choose(s: Skeleton, env: Env) -> dict[str, list[Candidate]] | Miss:
         beyond = [c for c in every[past:] if env.usable(c.at.node)]
         before = [c for c in reversed(every[:past]) if env.usable(c.at.node)]
         for i, c in enumerate((*beyond, *before)):
-            by = _cuts(c.at.index)
+            by = cuts(c.at.index)
             if all(digits(E.substitute(x, by)) is not None for x in c.at.index):
                 refine_all(s, by)
                 chosen = {n: [replace(x, at=refine(x.at, by)) for x in cs] for n, cs in chosen.items()}
@@ -172,14 +173,14 @@ def _cuts_beside(s: Skeleton) -> dict[Expr, Expr]:
 
     Only atoms of the keys and values are cut, and never the keys' positions: a bias of blocks stays one.
     """
-    shared = {*_atoms(s.k.index), *_atoms(s.v.index)} - set(_ordered(s.key)) - set(s.features)
+    shared = {*_atoms(s.k.index), *_atoms(s.v.index)} - set(ordered(s.key)) - set(s.features)
     places = [m.at for m in s.mods if isinstance(m, RawBias | RawGain | RawMask)] + [s.sink]
     places += [x for m in s.mods if isinstance(m, RawPointwise) for x in m.sides] + list(s.gates)
     index = tuple(x for at in places if at is not None for x in at.index)
-    return {a: x for a, x in _cuts(index).items() if a in shared}
+    return {a: x for a, x in cuts(index).items() if a in shared}
 
 
-def _cuts(index: Sequence[Expr]) -> dict[Expr, Expr]:
+def cuts(index: Sequence[Expr]) -> dict[Expr, Expr]:
     """Return the cuts of atoms that turn every ``x // m`` and ``x % m`` of an index into atoms."""
     by: dict[Expr, Expr] = {}
     for _ in range(4):
@@ -204,11 +205,11 @@ def assign(
     ``beside`` are atoms that keys or values of other pieces of the same site vary along.
     """
     q, k, v = (_atoms(chosen[n][0].at.index) for n in "qkv")
-    key = _ordered(s.key)
+    key = ordered(s.key)
     feature = tuple(a for a in q if a in k and a in s.features)
     if len(feature) < len(s.features):
         return Miss("repeated-features", s.scores.node.name, "an operand is constant along a summed axis")
-    axes = [_ordered(x) for i, x in enumerate(s.weights) if i != s.anchor.dim]
+    axes = [ordered(x) for i, x in enumerate(s.weights) if i != s.anchor.dim]
     anchor = [a for axis in axes for a in axis]
     value = tuple(a for a in v if a not in anchor and a not in key)
     shared = [a for a in anchor if a in k or a in v or a in beside]
@@ -252,12 +253,13 @@ def _query(s: Skeleton, alone: Sequence[Expr], key: Atoms) -> Atoms:
 def _atoms(index: Iterable[Expr]) -> list[Expr]:
     out: list[Expr] = []
     for x in index:
-        for a in _ordered(x):
+        for a in ordered(x):
             if a not in out:
                 out.append(a)
     return out
 
 
-def _ordered(x: Expr) -> Atoms:
+def ordered(x: Expr) -> Atoms:
+    """Return the atoms of an index, the most significant first where it is a mixed-radix number."""
     d = digits(x)
     return tuple(d[0]) if d is not None else E.indices(x)

@@ -19,7 +19,7 @@ from attnc import expr as E
 from attnc.expr import ONE, ZERO, Expr
 from attnc.ir import Miss, Scale
 from attnc.passes.detect.contraction import Contraction
-from attnc.passes.detect.env import Env, RawMod, step_into
+from attnc.passes.detect.env import Env, RawMask, RawMod, step_into
 from attnc.passes.detect.graph import (
     argument,
     base_name,
@@ -62,6 +62,7 @@ class Skeleton:
     dropout_node: fx.Node | None = None
     base: At | None = None
     gates: tuple[At, ...] = ()
+    zeroed: RawMask | None = None
     conditions: list[str] = field(default_factory=list)
 
 

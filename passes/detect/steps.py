@@ -17,9 +17,9 @@ from attnc.passes.detect.draft import Draft, Refusal
 from attnc.passes.detect.env import Env, RawBias, RawGain, RawMask, RawPointwise
 from attnc.passes.detect.found import Computed
 from attnc.passes.detect.graph import tensor_of
-from attnc.passes.detect.layout import size_of, to_roles
+from attnc.passes.detect.layout import Recipe, size_of, to_roles
 from attnc.passes.detect.masks.lift import Positions, lift
-from attnc.passes.detect.roles import Atoms
+from attnc.passes.detect.roles import Atoms, cuts, ordered, refine
 from attnc.passes.detect.scores.additive import HIDES
 from attnc.passes.detect.views import At, stepped
 from attnc.pointwise import SCORE, Call, evaluate, rename, text
@@ -57,6 +57,23 @@ def write_steps(d: Draft, env: Env) -> None:
     norm = d.skeleton.anchor.norm
     if d.skeleton.sink is not None or norm.sink is not None or not isinstance(norm, Softmax):
         _settle_shift(d)
+    if d.skeleton.zeroed is not None:
+        _zero_hidden(d, d.skeleton.zeroed)
+
+
+def _zero_hidden(d: Draft, zeroed: RawMask) -> None:
+    """Read a mask after the softmax, equal to that before it: it acts on queries that see no key.
+
+    Hidden weights of other queries are zero already. What the softmax gave the rest, NaN or a spread over all
+    keys, becomes zeros (CPM-Ant).
+    """
+    mask = d.mask
+    if mask is None or mask.keep != zeroed.keep or mask.value > HUGE:
+        d.refuse(
+            "weights-masked", "weights are set to zero after the softmax, and not where scores are hidden"
+        )
+    d.mask = replace(mask, value=-math.inf, how="replace", at=mask.at if mask.how == "replace" else None)
+    d.zeroes = True
 
 
 def _settles(d: Draft) -> bool:
@@ -229,10 +246,9 @@ def _score_operand(d: Draft, at: At) -> str:
     roles = d.grid()
     while not d.env.usable(at.node) and (step := stepped(at)) is not None:
         at = step[0]
-    recipe = to_roles(at, roles, expand=False)
-    kept = tuple(bool(set(r) & set(E.indices(E.Expr("t", at.index)))) for r in roles)
-    if recipe is None:
-        recipe, kept = to_roles(at, roles), (True,) * 4
+    used = set(E.indices(E.Expr("t", at.index)))
+    kept = tuple(bool(set(r) & used) for r in roles)
+    recipe = to_roles(at, roles, expand=False) or _spread(at, roles, kept)
     t = tensor_of(at.node)
     if recipe is None or t is None:
         raise Refusal(
@@ -241,6 +257,17 @@ def _score_operand(d: Draft, at: At) -> str:
             )
         )
     return d.capture("bhqk", roles, recipe, t.dtype, kept)
+
+
+def _spread(at: At, roles: tuple[Atoms, ...], kept: tuple[bool, ...]) -> Recipe | None:
+    """Return how to make a tensor that has a part of an axis only, such as rows of a grid of keys.
+
+    It is repeated along the rest of that axis, as decomposed relative positions are (MViTv2,
+    arXiv:2112.01526, section 4.1).
+    """
+    by = cuts(at.index)
+    parts = [tuple(a for x in r for a in ordered(E.substitute(E.generator(x), by))) for r in roles]
+    return to_roles(refine(at, by), [r if k else () for r, k in zip(parts, kept, strict=True)])
 
 
 def write_mask(d: Draft) -> tuple[M.Mask, Fill]:
@@ -278,6 +305,8 @@ def write_norm(d: Draft, env: Env) -> Normalizer:
         if isinstance(norm, SignedSoftmax):
             _drop_magnitude(d)
         return norm
+    if d.zeroes:
+        norm = replace(norm, safe=True)
     if at is None:
         return norm
     value = env.derive(at)

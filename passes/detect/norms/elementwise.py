@@ -40,7 +40,7 @@ def weighing(values: Contraction, operand: fx.Node, env: Env) -> Weighing | None
         return None
     node, dim = place
     at = At(node, anywhere(node))
-    zeroed = _zeroed(at, env)
+    zeroed = zeroes(node, env)
     passed: list[fx.Node] = []
     if zeroed is not None:
         passed.append(node)
@@ -74,9 +74,8 @@ def _outermost(values: Contraction, operand: fx.Node) -> tuple[fx.Node, int] | N
     return (at.node, axes[0]) if len(axes) == 1 else None
 
 
-def _zeroed(at: At, env: Env) -> tuple[fx.Node, fx.Node, bool] | None:
+def zeroes(node: fx.Node, env: Env) -> tuple[fx.Node, fx.Node, bool] | None:
     """Return (weights, condition, whether a true one keeps) of ``where(cond, weights, 0)`` and its like."""
-    node = at.node
     if base_name(node) == "where" and len(node.args) == 3:
         cond, a, b = node.args
         keeps = env.scalar(b) == 0.0

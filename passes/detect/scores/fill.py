@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import fx
 
 from attnc import expr as E
@@ -30,9 +32,13 @@ def peel(at: At, env: Env) -> Peeled | Miss | None:
     fill, t = env.scalar(value), tensor_of(at.node)
     if fill is None or t is None or not fill <= HIDES or not isinstance(cond, fx.Node) or env.carries(cond):
         return None
-    there = step_into(at, cond)
-    derived = env.derive(there)
-    condition = to_bool(derived) if derived is not None else E.load(there.node.name, there.index, "bool")
+    mask = condition_mask(step_into(at, cond), keeps, env, rounded(fill, t.dtype))
+    return Peeled(() if mask.keep == E.TRUE else (mask,), step_into(at, scores), "fill")
+
+
+def condition_mask(at: At, keeps: bool, env: Env, value: float = -math.inf) -> RawMask:
+    """Return the mask that a condition makes; ``keeps`` says whether a true one keeps the score."""
+    derived = env.derive(at)
+    condition = to_bool(derived) if derived is not None else E.load(at.node.name, at.index, "bool")
     keep = condition if keeps else E.not_(condition)
-    mask = RawMask(keep, rounded(fill, t.dtype), "replace", there, 1 if keeps else -1)
-    return Peeled(() if keep == E.TRUE else (mask,), step_into(at, scores), "fill")
+    return RawMask(keep, value, "replace", at, 1 if keeps else -1)

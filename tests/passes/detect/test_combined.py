@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import attnc
+from attnc.ir import Softmax
 from attnc.masks import CAUSAL
 from tests.rewriting import Forward, rounding, traced
 
@@ -122,6 +123,76 @@ def test_a_sum_of_weights_is_a_sum_of_attentions(f):
     assert sum(n.target is torch.ops.attnc.attend.default for n in t.graph.nodes) == count
     assert not any("softmax" in str(n.target) for n in t.graph.nodes)
     torch.testing.assert_close(t.run(*args), f(*args), rtol=1e-10, atol=64 * rounding(args, D + T))
+
+
+def hide(w: Tensor) -> Tensor:
+    return torch.ones(w.shape[-2:], dtype=torch.bool).triu(1)
+
+
+def zeroed_causal(q, k, v):
+    w = (q @ k.mT).masked_fill(hide(q @ k.mT), -math.inf).softmax(-1)
+    return w.masked_fill(hide(w), 0.0) @ v
+
+
+def zeroed_rows(q, k, v, keep):
+    """As CPM-Ant does: queries that see no key get zeros and not NaN."""
+    keep = keep[:, None]
+    w = torch.where(keep, q @ k.mT, -math.inf).softmax(-1)
+    return torch.where(keep, w, 0.0) @ v
+
+
+def zeroed_by_fill(q, k, v, keep):
+    w = (q @ k.mT).masked_fill(keep[:, None] == False, torch.finfo(q.dtype).min).softmax(-1)  # noqa: E712
+    return w.masked_fill(keep[:, None] == False, 0) @ v  # noqa: E712
+
+
+def zeroed_added(q, k, v, keep):
+    w = (
+        q @ k.mT + torch.zeros((), dtype=q.dtype).expand(keep.shape).masked_fill(~keep, -math.inf)[:, None]
+    ).softmax(-1)
+    return w.masked_fill(~keep[:, None], 0) @ v
+
+
+KEEP = torch.rand(B, S, T, generator=torch.Generator().manual_seed(8)) < 0.6
+KEEP[0, 2] = KEEP[1, 0] = False
+
+
+@pytest.mark.parametrize(
+    "f", [zeroed_causal, zeroed_rows, zeroed_by_fill, zeroed_added], ids=lambda f: f.__name__
+)
+def test_a_mask_after_the_softmax_that_repeats_the_one_before_zeroes_empty_rows(f):
+    args = (Q, K, V) if f is zeroed_causal else (Q, K, V, KEEP)
+    t = traced(f, args)
+    found, missed = t.detect()
+    assert len(found) == 1, missed
+    assert found[0].match.spec.norm == Softmax(safe=True)
+    t.rewrite(found)
+    out = t.run(*args)
+    assert out.isfinite().all()
+    torch.testing.assert_close(out, f(*args), rtol=1e-10, atol=64 * rounding(args, D + T))
+
+
+def zeroed_elsewhere(q, k, v, keep):
+    w = torch.where(keep[:, None], q @ k.mT, -math.inf).softmax(-1)
+    return w.masked_fill(hide(w), 0.0) @ v
+
+
+def zeroed_after_a_mild_fill(q, k, v, keep):
+    w = torch.where(keep[:, None], q @ k.mT, -2e4).softmax(-1)
+    return torch.where(keep[:, None], w, 0.0) @ v
+
+
+def zeroed_without_a_mask(q, k, v, keep):
+    return torch.where(keep[:, None], (q @ k.mT).softmax(-1), 0.0) @ v
+
+
+@pytest.mark.parametrize(
+    "f", [zeroed_elsewhere, zeroed_after_a_mild_fill, zeroed_without_a_mask], ids=lambda f: f.__name__
+)
+def test_another_mask_after_the_softmax_is_refused(f):
+    found, missed = traced(f, (Q, K, V, KEEP)).detect()
+    assert not found
+    assert [m.code for m, _ in missed] == ["weights-masked"]
 
 
 def gated_by_key(q, k, v, gate):

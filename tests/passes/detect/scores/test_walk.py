@@ -119,3 +119,34 @@ def test_scores_of_shifted_keys_are_refused():
         return (s + F.pad(s, (1, 0))[..., :-1]).softmax(-1) @ v
 
     assert refused(traced(f, (Q, K, V))) == "scores-combined"
+
+
+GRID = (3, 5)
+
+
+def decomposed(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Decomposed relative positions of MViTv2 and SAM: rows and columns of the grid of keys apart."""
+    n = GRID[0] * GRID[1]
+    w = (q @ k.mT * 0.3).view(-1, n, *GRID)
+    w = w + rows[:, :, :, None] + columns[:, :, None, :]
+    return w.view(-1, n, n).softmax(-1) @ v
+
+
+def decomposed_queries(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    n = GRID[0] * GRID[1]
+    w = (q @ k.mT * 0.3).view(-1, *GRID, *GRID)
+    w = w + rows.view(-1, *GRID, GRID[0])[..., None] + columns.view(-1, *GRID, GRID[1])[..., None, :]
+    return w.reshape(-1, n, n).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("f", [decomposed, decomposed_queries], ids=lambda f: f.__name__)
+def test_tables_of_a_part_of_the_keys_are_repeated_along_the_rest(f):
+    n = GRID[0] * GRID[1]
+    args = tuple(randn(6, n, d, seed=d) for d in (4, 6, 7, *GRID))
+    args = (args[0], randn(6, n, 4, seed=9), *args[2:])
+    t = traced(f, args)
+    spec = only_spec(t)
+    assert [type(s).__name__ for s in spec.scores] == ["Scale", "Bias", "Bias"]
+    found, _ = t.detect()
+    t.rewrite(found)
+    torch.testing.assert_close(t.run(*args), f(*args), rtol=1e-10, atol=64 * rounding(args, 4 + n))
