@@ -69,7 +69,7 @@ def _zeroed_where_all_hidden(weights: fx.Node, scores: fx.Node, dim: int) -> lis
 
 
 def _zeroed_where_nan(weights: fx.Node) -> list[fx.Node] | None:
-    """Return the node of ``nan_to_num(weights)``: of finite scores and -inf, a row of -inf alone gives NaN."""
+    """Return the node of ``nan_to_num(weights)``: of finite scores and -inf only a row all -inf is."""
     for user in weights.users:
         if base_name(user) == "nan_to_num" and argument(user, 1, "nan", 0.0) in (None, 0):
             return [user]
