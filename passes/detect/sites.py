@@ -219,8 +219,8 @@ def _sink(anchor: Anchor, env: Env, s: Solved) -> At | Miss | None:
     """Return the element beyond the keys that the values sum, if the softmax ran over exactly one more."""
     n, m = shape(anchor.scores)[anchor.dim], E.product(g.args[1] for g in E.indices(s.key))
     if n == m:
-        return None
-    if E.sub(n, m) != ONE:
+        return None if anchor.sink is None else anchor.sink.at(s.weights)
+    if E.sub(n, m) != ONE or anchor.sink is not None:
         return Miss(
             "columns-dropped", anchor.weights.name, f"the softmax runs over {n} columns, the values over {m}"
         )

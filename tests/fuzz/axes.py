@@ -69,7 +69,7 @@ class Spelling:
         "masked_fill where where_not add subtract multiply expanded log full blend", "6 4 2 6 2 4 2 2 2 1"
     )
     fill: str = axis("inf min min32 big small", "4 3 1 1 1")
-    more_fill: str = axis("same inf min big small", "4 1 1 1 1")
+    more_fill: str = axis("same inf min big small", "16 1 1 1 1")
     cast: str = axis("none to type_as double softmax_dtype", "8 1 1 1 1")
     norm: str = axis(
         "softmax functional aten safe moved rows shifted log_softmax logsumexp exp_sum exp_max exp_recip "

@@ -14,11 +14,29 @@ from attnc.passes.detect.views import At, Index, stepped
 
 
 @dataclass(frozen=True, slots=True)
+class Sink:
+    """A logit that is an operand of ``logaddexp``, whose value ``reader`` takes off the scores."""
+
+    reader: fx.Node
+    total: fx.Node
+    operand: fx.Node
+
+    def at(self, weights: Index) -> At:
+        """Return where the logit is read for the element ``weights`` of the weights."""
+        row, _ = source_of(step_into(At(self.reader, weights), self.total))
+        at = step_into(row, self.operand)
+        while (further := stepped(at)) is not None:
+            at = further[0]
+        return at
+
+
+@dataclass(frozen=True, slots=True)
 class Anchor:
     """A normalizer: ``weights`` = norm over axis ``dim`` of ``scores`` (same shape).
 
     With ``denominator`` set the weights are not divided yet: the value contraction's result is divided by
-    that node later. ``inner`` are the nodes between scores and weights, weights included.
+    that node later. ``sink`` is where a logit beside the scores enters the denominator. ``inner`` are the
+    nodes between scores and weights, weights included.
     """
 
     weights: fx.Node
@@ -27,6 +45,7 @@ class Anchor:
     norm: Normalizer
     inner: tuple[fx.Node, ...]
     denominator: fx.Node | None = None
+    sink: Sink | None = None
 
 
 def anywhere(node: fx.Node) -> Index:

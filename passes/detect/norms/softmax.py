@@ -42,7 +42,7 @@ def find(graph: fx.Graph) -> list[Anchor]:
         dtype = argument(node, 2, "dtype") if typed else None
         upcast = dtype in (torch.float32, torch.float64) and t.dtype != dtype
         scores, peeled = without_row_maximum(src, dim)
-        zeroed = _zeroed_where_all_hidden(weights, src, dim)
+        zeroed = _zeroed_where_all_hidden(weights, src, dim) or _zeroed_where_nan(weights)
         if zeroed is not None:
             weights, inner = zeroed[0], [*inner, *zeroed]
         norm = Softmax(None, upcast, base_name(node) == "_safe_softmax" or zeroed is not None)
@@ -65,6 +65,14 @@ def _zeroed_where_all_hidden(weights: fx.Node, scores: fx.Node, dim: int) -> lis
         path = _all_hidden(cond, scores, dim, when)
         if path is not None:
             return [user, other, *path]
+    return None
+
+
+def _zeroed_where_nan(weights: fx.Node) -> list[fx.Node] | None:
+    """Return the node of ``nan_to_num(weights)``: of finite scores and -inf only a row all -inf is."""
+    for user in weights.users:
+        if base_name(user) == "nan_to_num" and argument(user, 1, "nan", 0.0) in (None, 0):
+            return [user]
     return None
 
 

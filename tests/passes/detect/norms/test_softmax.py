@@ -125,3 +125,19 @@ def test_rows_that_see_nothing_are_zeroed(f):
 def test_other_choices_after_the_softmax_are_not_its_tail(f):
     found = softmax.find(traced(lambda x: f(x, x.softmax(-1)), (X,)).work)
     assert [a.norm for a in found] == [Softmax()]
+
+
+@pytest.mark.parametrize(
+    ("f", "safe"),
+    [
+        (lambda w: w.nan_to_num(), True),
+        (lambda w: torch.nan_to_num(w, 0.0), True),
+        (lambda w: w.nan_to_num(nan=0.0, posinf=1.0), True),
+        (lambda w: w.nan_to_num(0.5), False),
+        (lambda w: w.exp().nan_to_num(), False),
+    ],
+)
+def test_nan_made_zero_is_a_safe_softmax(f, safe):
+    found = softmax.find(traced(lambda x: f(x.softmax(-1)), (X,)).work)
+    assert [a.norm for a in found] == [Softmax(safe=safe)]
+    assert ("nan_to_num" in str(found[0].weights.target)) == safe

@@ -1,0 +1,93 @@
+"""Anchors spelled with a log-sum-exp: of the same row, with a sink beside it, or not at all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnc.passes.detect.norms import logsumexp
+from tests.rewriting import only_spec, rounding, traced
+
+X = torch.randn(2, 3, 4, 4)
+Z = torch.randn(3, 1, 1)
+
+
+def found(f, *args: Tensor):
+    return logsumexp.find(traced(f, args or (X,)).work)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: (x - x.logsumexp(-1, keepdim=True)).exp(),
+        lambda x: (x - x.logsumexp(-1)[..., None]).exp(),
+        lambda x: (x - x.logsumexp(-1).unsqueeze(-1).expand_as(x)).exp(),
+    ],
+)
+@pytest.mark.parametrize("keys", [4, 1])
+def test_the_log_sum_of_the_row_makes_a_softmax(f, keys):
+    (anchor,) = found(f, X[..., :keys])
+    assert anchor.dim == 3
+    assert anchor.scores.op == "placeholder"
+    assert (str(anchor.norm), anchor.sink) == ("softmax", None)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: (x - x.logsumexp(-1).unsqueeze(-2)).exp(),
+        lambda x: (x - (2 * x).logsumexp(-1, keepdim=True)).exp(),
+        lambda x: (x - x.logsumexp((-1, -2), keepdim=True)).exp(),
+        lambda x: (x.logsumexp(-1, keepdim=True) - x).exp(),
+        lambda x: (x - x.logsumexp(-1, keepdim=True).flip(-2)).exp(),
+        lambda x: torch.sub(x, x.logsumexp(-1, keepdim=True), alpha=2).exp(),
+    ],
+)
+def test_any_other_log_sum_does_not(f):
+    assert not found(f)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x, z: (x - torch.logaddexp(x.logsumexp(-1, keepdim=True), z)).exp(),
+        lambda x, z: (x - torch.logaddexp(z, x.logsumexp(-1, keepdim=True))).exp(),
+        lambda x, z: (x - torch.logaddexp(x.logsumexp(-1), z[..., 0])[..., None]).exp(),
+    ],
+)
+def test_a_logit_beside_the_log_sum_is_a_sink(f):
+    def attention(q: Tensor, k: Tensor, v: Tensor, z: Tensor) -> Tensor:
+        return f(q @ k.mT * 0.5, z) @ v
+
+    args = (*(torch.randn(2, 3, 5, 4, dtype=torch.float64) for _ in range(3)), Z.double())
+    t = traced(attention, args)
+    spec = only_spec(t)
+    assert str(spec.norm) == "softmax(sink=c0)"
+    wanted = attention(*args)
+    t.rewrite(t.detect()[0])
+    assert not any("logaddexp" in n.name for n in t.graph.nodes)
+    torch.testing.assert_close(t.run(*args), wanted, rtol=0, atol=rounding(args, 9))
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: (x - torch.logaddexp(x.logsumexp(-1, keepdim=True), x * 0.5)).exp(),
+        lambda x: (x - torch.logaddexp(x.logsumexp(-2, keepdim=True), x[..., :1])).exp(),
+        lambda x: (x - torch.logaddexp((2 * x).logsumexp(-1, keepdim=True), x[..., :1])).exp(),
+    ],
+)
+def test_a_logit_that_varies_along_the_row_is_none(f):
+    assert not found(f)
+
+
+def test_a_logit_of_a_query_is_refused():
+    def attention(q: Tensor, k: Tensor, v: Tensor, z: Tensor) -> Tensor:
+        w = q @ k.mT
+        return (w - torch.logaddexp(w.logsumexp(-1, keepdim=True), z)).exp() @ v
+
+    args = (*(torch.randn(2, 3, 5, 4) for _ in range(3)), torch.randn(5, 1))
+    sites, missed = traced(attention, args).detect()
+    assert not sites
+    assert [m.code for m, _ in missed] == ["sink-layout"]
