@@ -25,7 +25,7 @@ from attnc.ledger import Ledger
 from attnc.passes.rewrite.forms import Forms, parse_forms
 from attnc.passes.rewrite.quant.w8a8 import W8A8
 from attnc.pipeline import Options, Outcome, run
-from attnc.records import leave, said
+from attnc.records import INTERNAL, leave, said
 from attnc.report import Report
 from attnc.result import clone_module, make_result
 from attnc.result_ladder import Doors
