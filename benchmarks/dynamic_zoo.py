@@ -18,6 +18,7 @@ Exit code 1 if a model raises, disagrees, or is captured again although the chan
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import re
@@ -132,12 +133,15 @@ def changed(fast: nn.Module, example: Inputs, given: Inputs) -> list[str]:
 
 def check(load: Any, name: str) -> dict[str, Any]:
     """Check one model; return its record."""
-    model, inputs, _ = load(name)
+    try:
+        model, inputs, _ = load(name)
+    except Exception as error:  # what the corpus cannot build here says nothing about us
+        return {"name": name, "not_built": f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"}
     model, call = model.eval(), call_of(inputs)
     calls: dict[str, tuple[Inputs, list[torch.Tensor]]] = {}
     for size, given in three_sizes(call).items():
         try:
-            calls[size] = given, outputs(model, given)
+            calls[size] = given, outputs(copy.deepcopy(model), given)  # some change themselves when called
         except Exception as error:  # not every model runs at every size, and its own refusal is no fault
             if size == "example":
                 raise
@@ -160,6 +164,8 @@ def check(load: Any, name: str) -> dict[str, Any]:
 
 def judged(record: dict[str, Any]) -> tuple[str, bool]:
     """Return a record's line, and whether it holds."""
+    if "not_built" in record:
+        return f"not built: {record['not_built']}", True
     if "error" in record:
         return f"raised {record['error']}", False
     cells, ok, free = [], True, " ".join(record["free"]) or "none"

@@ -9,7 +9,6 @@ captured graph itself is never edited at the export door.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,7 +34,7 @@ from attnc.passes.rewrite.forms import Forms
 from attnc.passes.rewrite.fuse.fused import Fused
 from attnc.passes.rewrite.quant.projections import projections
 from attnc.passes.rewrite.quant.w8a8 import W8A8
-from attnc.programs import copy_program, fix_outputs
+from attnc.programs import copy_graph, copy_program, fix_outputs
 from attnc.records import INTERNAL, Job, draw, missed_record, reason_of, site_record
 from attnc.report import SiteRecord, Stage
 
@@ -103,7 +102,7 @@ def run(captured: Captured, options: Options, placeholders: Mapping[str, Any] | 
         found, missed = detect(captured.work, captured.tensors, captured.links)
         note.update(nodes=len(captured.work.nodes), sites=len(found), misses=len(missed))
     known = hints(captured.work)
-    original = captured.exported.graph if captured.exported is not None else copy.deepcopy(captured.graph)
+    original = captured.exported.graph if captured.exported is not None else copy_graph(captured.graph)
     with _timed(stages, "names", options):
         named = _names(captured, found)
     with _timed(stages, "plan", options):
@@ -241,7 +240,7 @@ def _rewritten(captured: Captured, live: list[Job]) -> tuple[ExportedProgram | N
     (and its program) in which each planned site is one ``attend`` node.
     """
     program = None if captured.exported is None else copy_program(captured.exported)
-    graph = copy.deepcopy(captured.graph) if program is None else program.graph
+    graph = copy_graph(captured.graph) if program is None else program.graph
     work = captured.work if program is not None else graph
     editor = Rewriter(graph, work, captured.links, captured.moments)
     for j in live:

@@ -8,6 +8,20 @@ from torch import fx
 from torch.export import ExportedProgram
 
 
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """Return a copy whose nodes have the names of the original's.
+
+    A plain deep copy renames what Python has a builtin for: an input called ``input`` becomes ``input_1``.
+    """
+    copied = copy.deepcopy(graph)
+    for old, new in zip(graph.nodes, copied.nodes, strict=True):
+        if new.name != old.name:
+            copied._graph_namespace._used_names.add(old.name)
+            copied._graph_namespace._obj_to_name[new] = old.name
+            new.name = old.name
+    return copied
+
+
 def copy_program(program: ExportedProgram) -> ExportedProgram:
     """Return a program with its own graph and signature.
 
@@ -15,7 +29,7 @@ def copy_program(program: ExportedProgram) -> ExportedProgram:
     """
     copied = ExportedProgram(
         root=program.graph_module,
-        graph=copy.deepcopy(program.graph),
+        graph=copy_graph(program.graph),
         graph_signature=copy.deepcopy(program.graph_signature),
         state_dict=dict(program.state_dict),
         range_constraints=dict(program.range_constraints),
