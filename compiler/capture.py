@@ -25,7 +25,7 @@ from attnc.capture_alias import bypass, hidden_writes, op_name
 from attnc.capture_bodies import branches, inline_bodies
 from attnc.capture_dynamo import backend, make_backend
 from attnc.capture_links import link_moments, link_nodes
-from attnc.capture_plain import plain_copy
+from attnc.capture_plain import is_costly, plain_copy
 from attnc.capture_program import OWN_BACKWARD
 from attnc.capture_sizes import Slides, free_shapes
 from attnc.capture_trial import describe, noted_functions, trial, unchanged
@@ -72,11 +72,18 @@ def capture_export(
     _register_caches(model)
     notes: list[str] = []
     start = time.perf_counter()
+    autocast = not any(torch.is_autocast_enabled(d) for d in ("cpu", "cuda"))
     with noted_functions() as functions:
         exported = _export(model, args, kwargs, dynamic_shapes, slides, notes)
-    autocast = not any(torch.is_autocast_enabled(d) for d in ("cpu", "cuda"))
     try:
         exported = inline_bodies(_without_vmap(exported), autocast=autocast)
+        if dynamic_shapes == "auto" and is_costly(exported.graph):
+            notes.append(
+                f"capture: all sizes are fixed, because the program is long ({len(exported.graph.nodes)} "
+                "operations) and writes in place; dynamic_shapes says which sizes to keep free at any cost"
+            )
+            exported = _export(model, args, kwargs, None, slides, notes)
+            exported = inline_bodies(_without_vmap(exported), autocast=autocast)
         if functions:
             exported.graph_module.meta[OWN_BACKWARD] = tuple(sorted(functions))
             notes.append(_about_gradients(functions))

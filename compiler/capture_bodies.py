@@ -3,10 +3,11 @@
 ``torch.export`` puts what runs without gradients, or under autocast, into sub-graphs.  Such a body is written
 into the outer graph, where masks can be derived and sites rewritten:
 
-- without gradients, always (a rotary table, say): the body reads detached inputs, so nothing in it is recorded for a backward pass and
-  nothing that leaves it requires gradients, exactly as under ``torch.no_grad``;
-- autocast, where the body may hold attention: every cast that autocast makes is written down (``capture_autocast``).  That is right only where
-  the call itself runs without autocast, which is what a program's key asks for.
+- without gradients, always (a rotary table, say): the body reads detached inputs, so nothing in it is
+  recorded for a backward pass and nothing that leaves it requires gradients, as under ``torch.no_grad``;
+- autocast, where the body may hold attention: every cast that autocast makes is written down
+  (``capture_autocast``).  That is right only where the call itself runs without autocast, which is what a
+  program's key asks for.
 
 Branches of ``torch.cond`` stay bodies, since only one of them runs; each is a small captured graph of its
 own.

@@ -7,12 +7,11 @@ views are spelled by few operations.  Most models have all that from the start; 
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import fx
 
 from attnc.capture_alias import op_name, writes
+from attnc.programs import copy_graph
 
 _KNOWN_VIEW_NAMES = """
 reshape contiguous to flatten unflatten expand_as chunk split movedim moveaxis swapaxes swapdims narrow
@@ -23,11 +22,23 @@ _KNOWN_VIEWS = frozenset(_KNOWN_VIEW_NAMES.split())
 _METADATA = "_assert_tensor_metadata"
 
 
+MOST = 700
+"""Operations from which making a program functional with free sizes takes longer than anybody waits."""
+
+
+def is_costly(graph: fx.Graph) -> bool:
+    """Say whether the graph must be traced again, is long, and has free sizes that each step reasons about."""
+    inputs = (n.meta.get("val") for n in graph.nodes if n.op == "placeholder")
+    sizes = [n for v in inputs if isinstance(v, torch.Tensor) for n in v.shape]
+    free = any(isinstance(n, torch.SymInt) for n in sizes)
+    return free and len(graph.nodes) > MOST and not all(map(_is_plain, graph.nodes))
+
+
 def plain_copy(graph: fx.Graph) -> fx.Graph | None:
     """Return a copy of a graph without dead code, with the same names; None if it is not functional."""
     if not all(map(_is_plain, graph.nodes)):
         return None
-    work = copy.deepcopy(graph)
+    work = copy_graph(graph)
     for node in list(work.nodes):
         if node.target is torch.ops.aten.detach_.default:
             node.target = torch.ops.aten.detach.default
