@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from attnc import expr as E
 from attnc.expr import Expr
 from attnc.passes.analyze.operands.rotation import Pair, Rotation
 from attnc.passes.analyze.operands.slots import slots, varying
@@ -67,12 +68,20 @@ def position_axes(pairs: Sequence[Pair]) -> tuple[int, ...]:
 
 
 def _axes(angles: Sequence[tuple[Expr, ...]]) -> list[tuple[str, tuple[float, ...]]]:
-    read = [slots(a) for a in angles]
+    read = [slots(tuple(map(_scaled, a))) for a in angles]
     by_shape: dict[str, list[tuple[float, ...]]] = {}
     for shape, numbers in read:
         by_shape.setdefault(shape, []).append(numbers)
     telling = {shape: _telling(rows) for shape, rows in by_shape.items()}
     return [(shape, tuple(numbers[i] for i in telling[shape])) for shape, numbers in read]
+
+
+def _scaled(e: Expr) -> Expr:
+    """Return an angle as position times frequency, also where that is the number 1 and was left out."""
+    if e.op != "call" or e.args[0] != "mul":
+        return E.call("mul", e, E.real(1.0))
+    a, b = e.args[1]
+    return E.call("mul", b, a) if a.op == "const" else e
 
 
 def _telling(rows: Sequence[tuple[float, ...]]) -> list[int]:
