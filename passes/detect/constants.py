@@ -52,9 +52,12 @@ class Constants:
         found = self._fits[node.name]
         return None if found is None else found(index)
 
-    def stands_for(self, name: str) -> bool:
-        """Say whether a closed form was given for this stored tensor."""
-        return self._fits.get(name) is not None and self.stored(name) is not None
+    def condition(self, name: str) -> str | None:
+        """Return what a closed form of this node stands on, in words, None if none was given."""
+        if self._fits.get(name) is None:
+            return None
+        stored = self.stored(name) is not None
+        return f"{name} holds the values it held" if stored else f"{name} has the sizes it had"
 
     def _value(self, node: fx.Node) -> Tensor | None:
         stored = self.stored(node.name)

@@ -251,7 +251,7 @@ class Env:
             return self.puller.constants.at(at.node, at.index)
 
     def fitted_under(self, node: fx.Node) -> tuple[str, ...]:
-        """Return the stored tensors that ``node`` is made from and that closed forms stand for, by name."""
+        """Return what must hold of the constants that ``node`` is made from and closed forms stand for."""
         seen: dict[fx.Node, None] = {}
         stack = [node]
         while stack:
@@ -259,7 +259,8 @@ class Env:
             if n not in seen:
                 seen[n] = None
                 stack += n.all_input_nodes
-        return tuple(sorted(n.name for n in seen if self.puller.constants.stands_for(n.name)))
+        texts = (self.puller.constants.condition(n.name) for n in seen)
+        return tuple(sorted(t for t in texts if t is not None))
 
     def scalar(self, x: object) -> float | None:
         """Return a constant argument, else None.

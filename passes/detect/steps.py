@@ -191,7 +191,7 @@ def _add_mask(d: Draft, mod: RawMask, env: Env) -> None:
         else:
             mod = replace(mod, keep=_condition(d, mod.at, mod.sense))
     elif mod.at is not None:
-        d.conditions += [f"{name} holds the values it held" for name in env.fitted_under(mod.at.node)]
+        d.conditions += env.fitted_under(mod.at.node)
     first = d.mask
     same = first is not None and first.value == mod.value
     if first is None:

@@ -202,7 +202,6 @@ OPAQUE: dict[str, Build] = {
     "a running count": lambda z: torch.arange(z.shape[1]).cumsum(0)[3],
     "negative places": lambda z: (k(z) + 10)[:, torch.arange(z.shape[1]) - 2],
     "cosine": lambda z: torch.cos(k(z).float()) > 0,
-    "diff of bools": lambda z: torch.diff((k(z) <= q(z)), dim=-1),
 }
 
 DATA: dict[str, Build] = {

@@ -93,6 +93,12 @@ def test_a_mask_that_is_causal_at_one_length_only_is_not_called_causal():
         assert str(only_spec(exported(Forward(f), args, dynamic=dynamic)).mask) == "window(left=11,right=0)"
 
 
+def test_a_form_that_was_computed_says_that_it_holds_at_these_sizes():
+    c = CONSTRUCTIONS["own_key_by_computing"]
+    found, _ = exported(Forward(attention(c)), arguments(c, Sizes(2, 16, 16))).detect()
+    assert [t.endswith("has the sizes it had") for t in found[0].match.conditions] == [True]
+
+
 def test_values_are_never_guessed():
     """A tensor that happens to be causal at run time stays what it is: data."""
     args = (*(torch.randn(2, 3, 6, 4) for _ in range(3)), torch.ones(6, 6, dtype=torch.bool).tril())
