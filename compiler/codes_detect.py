@@ -153,6 +153,13 @@ WEIGHTS = (
         "queries that see no key, and that is read.",
     ),
     Code(
+        "rounded-logsumexp",
+        "Write softmax, or log_softmax and exp, or hide keys with -inf.",
+        "Weights are exp(s - logsumexp(s)). Where a query sees no key and hidden scores are a huge finite "
+        "number, the log-sum-exp rounds to that number and every weight becomes 1, so the values are summed "
+        "and not averaged. No softmax does that.",
+    ),
+    Code(
         "terms-differ",
         "Give both softmaxes the same heads and the same layout.",
         "Weights of several softmaxes are added before they meet the values, as in differential "

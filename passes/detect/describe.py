@@ -19,7 +19,7 @@ from attnc.passes.detect.layout import Recipe, digits, from_roles, size_of, to_r
 from attnc.passes.detect.region import region_of
 from attnc.passes.detect.roles import Atoms, Candidate, Roles, assign, choose
 from attnc.passes.detect.sites import Skeleton
-from attnc.passes.detect.steps import write_mask, write_norm, write_steps
+from attnc.passes.detect.steps import refuse_huge_rows, write_mask, write_norm, write_steps
 from attnc.sizes import show_dim
 
 
@@ -66,6 +66,8 @@ def _written(s: Skeleton, env: Env, chosen: dict[str, list[Candidate]], r: Roles
     write_steps(draft, env)
     mask, fill = write_mask(draft)
     norm = write_norm(draft, env)
+    if s.anchor.rounds:
+        refuse_huge_rows(draft, mask, fill)
     q, k, v, recipes = _operands(r, picked)
     result = from_roles(s.out, (r.batch, r.heads, r.query, r.value), shape(s.output), "")
     if result is None:

@@ -338,3 +338,17 @@ def _drop_magnitude(d: Draft) -> None:
         )
     if scale is not None:
         d.steps.append(scale)
+
+
+def refuse_huge_rows(d: Draft, mask: M.Mask, fill: Fill) -> None:
+    """Give up where all scores of a row may be huge: by a finite fill, or by a tensor of the user's."""
+    finite = math.isfinite(fill.value) and not isinstance(mask, M.Full)
+    lengths = [E.as_int(size_of(r)) for r in (d.roles.query, d.roles.key)]
+    emptied = finite and M.may_hide_a_whole_row(mask, *lengths)
+    if emptied or any(isinstance(step, Bias) and not _is_fixed(d, step.operand) for step in d.steps):
+        d.refuse("rounded-logsumexp", "exp(s - logsumexp(s)) of a row of huge scores is 1 for every key")
+
+
+def _is_fixed(d: Draft, operand: str) -> bool:
+    graph = d.skeleton.scores.node.graph
+    return all(d.env.pure(d.env.node(n, graph)) for n in d.recipes[operand].reads)

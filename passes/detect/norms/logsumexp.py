@@ -1,7 +1,9 @@
 """Anchors spelled ``exp(s - logsumexp(s))``, which is softmax over the axis of the log-sum-exp.
 
 ``exp(s - logaddexp(logsumexp(s), z))`` is softmax with a sink of logit ``z``, as models write it whose fused
-kernel returns the log-sum-exp. Source: forms/dense_variants, sections 1.1 and 4.1.
+kernel returns the log-sum-exp. Where all scores of a row are the least number of their type, as in a row that
+a finite fill hides whole, the log-sum-exp rounds to that number and every weight becomes 1: no softmax. Such
+sites are refused. Source: forms/dense_variants, sections 1.1 and 4.1.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def _with_sink(
             continue
         along = set(indices(anywhere(less)[anchor.dim]))
         if isinstance(sink, fx.Node) and not any(along & set(indices(x)) for x in sum_.index):
-            return replace(anchor, sink=Sink(less, total, sink))
+            return replace(anchor, sink=Sink(less, total, sink), rounds=False)
     return None
 
 
@@ -68,4 +70,4 @@ def _over_axis(exp: fx.Node, s: fx.Node, found: At, passed: tuple[fx.Node, ...])
     wanted = (*row[:dim], *((ZERO,) if kept else ()), *row[dim + 1 :])
     if found.index != wanted:
         return None
-    return Anchor(exp, s, dim, Softmax(), (found.node, *passed, less, exp))
+    return Anchor(exp, s, dim, Softmax(), (found.node, *passed, less, exp), rounds=True)

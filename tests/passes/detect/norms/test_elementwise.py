@@ -112,6 +112,36 @@ def test_logsumexp_spellings(weigh):
     check_same(weigh)
 
 
+def by_logsumexp(w: Tensor) -> Tensor:
+    return (w - w.logsumexp(-1, keepdim=True)).exp()
+
+
+ROWS = torch.ones(2, 1, S, 1, dtype=torch.bool)
+ROWS[1, 0, 3] = False
+MIN = torch.finfo(torch.float64).min
+
+
+@pytest.mark.parametrize(
+    "weigh",
+    [
+        lambda w, m: by_logsumexp(w.masked_fill(~m, MIN)),
+        lambda w, m: by_logsumexp(w + torch.zeros_like(m, dtype=w.dtype).masked_fill(~m, MIN)),
+        lambda w, m: by_logsumexp(w + m.to(w.dtype)),
+    ],
+)
+def test_a_logsumexp_that_may_round_away_the_keys_is_refused(weigh):
+    """With a row of finfo.min the weights are all 1, so it is no softmax."""
+    found, missed = trace(weigh, ROWS).detect()
+    assert not found
+    assert [m.code for m, _ in missed] == ["rounded-logsumexp"]
+
+
+def test_a_logsumexp_of_rows_that_see_a_key_is_a_softmax():
+    weigh = lambda w: by_logsumexp(w.masked_fill(hidden(w), MIN))  # noqa: E731
+    assert only_spec(trace(weigh)).mask == CAUSAL
+    check_same(weigh)
+
+
 def sparsemax(s: Tensor) -> Tensor:
     """Sparsemax (arXiv:1602.02068), algorithm 1."""
     z = s.sort(-1, descending=True).values
