@@ -35,8 +35,9 @@ class Anchor:
     """A normalizer: ``weights`` = norm over axis ``dim`` of ``scores`` (same shape).
 
     With ``denominator`` set the weights are not divided yet: the value contraction's result is divided by
-    that node later. ``sink`` is where a logit beside the scores enters the denominator. ``inner`` are the
-    nodes between scores and weights, weights included.
+    that node later. ``sink`` is where a logit beside the scores enters the denominator. ``bare`` says that
+    the scores' own exponentials are summed, no maximum taken off. ``inner`` are the nodes between scores and
+    weights, weights included.
     """
 
     weights: fx.Node
@@ -46,6 +47,7 @@ class Anchor:
     inner: tuple[fx.Node, ...]
     denominator: fx.Node | None = None
     sink: Sink | None = None
+    bare: bool = False
 
 
 def anywhere(node: fx.Node) -> Index:

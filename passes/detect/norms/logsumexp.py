@@ -68,4 +68,4 @@ def _over_axis(exp: fx.Node, s: fx.Node, found: At, passed: tuple[fx.Node, ...])
     wanted = (*row[:dim], *((ZERO,) if kept else ()), *row[dim + 1 :])
     if found.index != wanted:
         return None
-    return Anchor(exp, s, dim, Softmax(), (found.node, *passed, less, exp))
+    return Anchor(exp, s, dim, Softmax(), (found.node, *passed, less, exp), bare=True)
