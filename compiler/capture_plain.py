@@ -27,7 +27,7 @@ MOST = 700
 
 
 def is_costly(graph: fx.Graph) -> bool:
-    """Say whether the graph must be traced again, is long, and has free sizes that each step reasons about."""
+    """Say whether the graph must be traced again, is long, and has free sizes that each step reasons on."""
     inputs = (n.meta.get("val") for n in graph.nodes if n.op == "placeholder")
     sizes = [n for v in inputs if isinstance(v, torch.Tensor) for n in v.shape]
     free = any(isinstance(n, torch.SymInt) for n in sizes)

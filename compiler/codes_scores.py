@@ -96,6 +96,13 @@ MASKS = (
         "row gets, and only the model's own order gives that.",
     ),
     Code(
+        "empty-rows-differ",
+        "Mask with -inf, or subtract each row's maximum before the exponential (torch.softmax does).",
+        "The exponentials of the scores are summed as they are, and masked scores are a finite number. In a "
+        "row that sees no key the exponentials vanish or are rounded off, and the model's own result, NaN or "
+        "weights that do not add up to one, is not what a softmax gives.",
+    ),
+    Code(
         "two-masks",
         "Join the two conditions with & and mask once.",
         "Two masks with different fills are applied one after the other. Positions hidden by both hold a "

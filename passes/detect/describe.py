@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -76,9 +77,23 @@ def _written(s: Skeleton, env: Env, chosen: dict[str, list[Candidate]], r: Roles
     group = _number(size_of(r.group), s)
     steps, captured = tuple(draft.steps), tuple(draft.captured)
     spec = AttentionSpec(q, k, v, group, steps, mask, fill, norm, captured, s.dropout)
+    _check_empty_rows(s, spec)
     made = {o.name: draft.recipes[o.name] for o in captured}
     skipped = tuple(n for c in picked.values() for n in c.skipped)
     return Written(s, spec, r, recipes, made, result, skipped, tuple(draft.conditions))
+
+
+def _check_empty_rows(s: Skeleton, spec: AttentionSpec) -> None:
+    """Refuse a sum of bare exponentials where a row may hold nothing but a finite fill.
+
+    Such a row is 0 / 0, or a log-sum-exp that rounding makes the fill itself; a softmax spreads its weights.
+    """
+    fill, sink = spec.fill.value, getattr(spec.norm, "sink", None)
+    if s.anchor.bare and math.isfinite(fill) and sink is None:
+        if not M.may_hide_a_whole_row(spec.mask, *spec.lengths()):
+            return
+        why = f"rows that see no key hold {fill:g} alone, whose exponentials vanish or are rounded off"
+        raise Refusal(Miss("empty-rows-differ", s.anchor.weights.name, why))
 
 
 def finish(

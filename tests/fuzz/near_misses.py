@@ -47,6 +47,10 @@ NEAR_MISSES: dict[str, NearMiss] = {
     "softmax_over_heads": miss(NORMALIZED_4, instead="w = w.softmax(1)"),
     "softmax_over_both": miss(NORMALIZED, instead="w = w.flatten(-2).softmax(-1).reshape(w.shape)"),
     "softmax_twice": miss(NORMALIZED, instead="w = w.softmax(-1).softmax(-1)"),
+    "finite_fills_without_maximum": miss(
+        {"norm": "exp_sum|logsumexp", "mask": "padding|rows|documents", "fill": "min|big|small"}
+        | {"applied": "masked_fill|add|where|multiply", "extra": "none"},
+    ),
     "softmin": miss(NORMALIZED, instead="w = F.softmin(w, -1)"),
     "base_two": miss(NORMALIZED, instead="u = 2.0 ** w; w = u / u.sum(-1, keepdim=True)"),
     "sum_over_queries": miss(NORMALIZED, instead="u = w.exp(); w = u / u.sum(-2, keepdim=True)"),

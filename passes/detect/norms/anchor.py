@@ -35,9 +35,10 @@ class Anchor:
     """A normalizer: ``weights`` = norm over axis ``dim`` of ``scores`` (same shape).
 
     With ``denominator`` set the weights are not divided yet: the value contraction's result is divided by
-    that node later. ``sink`` is where a logit beside the scores enters the denominator. ``rounds`` says that
-    the log-sum-exp itself is subtracted, which loses a row's count of keys in rounding where all its scores
-    are huge. ``inner`` are the nodes between scores and weights, weights included.
+    that node later. ``sink`` is where a logit beside the scores enters the denominator. ``bare`` says that
+    the scores' own exponentials are summed, no maximum taken off; ``rounds`` that the log-sum-exp itself is
+    subtracted, which loses a row's count of keys in rounding where all its scores are huge. ``inner`` are the
+    nodes between scores and weights, weights included.
     """
 
     weights: fx.Node
@@ -48,6 +49,7 @@ class Anchor:
     denominator: fx.Node | None = None
     sink: Sink | None = None
     rounds: bool = False
+    bare: bool = False
 
 
 def anywhere(node: fx.Node) -> Index:

@@ -60,13 +60,13 @@ def _of_exp(exp: fx.Node) -> list[Anchor]:
         for whole in _sums(src, total, dim):
             inner = (*whole.inner, exp)
             early = [(u, path) for u in users(exp) if (path := _divides(u, exp, whole.node, dim)) is not None]
-            norm = Softmax(whole.sink)
+            norm, bare = Softmax(whole.sink), whole.scores is src
             if early:
                 division, between = early[0]
                 nodes = (*inner, total, whole.node, *between, division)
-                out.append(Anchor(division, whole.scores, dim, norm, nodes))
+                out.append(Anchor(division, whole.scores, dim, norm, nodes, bare=bare))
             else:
-                out.append(Anchor(exp, whole.scores, dim, norm, inner, whole.node))
+                out.append(Anchor(exp, whole.scores, dim, norm, inner, whole.node, bare=bare))
     return out
 
 

@@ -91,3 +91,28 @@ def test_a_logit_of_a_query_is_refused():
     sites, missed = traced(attention, args).detect()
     assert not sites
     assert [m.code for m, _ in missed] == ["sink-layout"]
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda w: (w - w.logsumexp(-1, keepdim=True)).exp(),
+        lambda w: (e := w.exp()) / e.sum(-1, keepdim=True),
+    ],
+)
+@pytest.mark.parametrize(
+    ("fill", "whole", "refused"),
+    [(-1e9, True, True), (-torch.inf, True, False), (-1e9, False, False)],
+)
+def test_a_row_of_finite_fills_alone_is_no_softmax_of_them(norm, fill, whole, refused):
+    """``exp(m - logsumexp(m, .., m))`` is 1 and no share where ``m + log(n)`` rounds to ``m``."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+        causal = torch.ones(5, 5, dtype=torch.bool).tril()
+        hide = ~valid[:, None, None] if whole else ~causal
+        return norm((q @ k.mT).masked_fill(hide, fill)) @ v
+
+    args = (*(torch.randn(2, 3, 5, 4) for _ in range(3)), torch.rand(2, 5) < 0.5)
+    sites, missed = traced(attention, args).detect()
+    assert [m.code for m, _ in missed] == (["empty-rows-differ"] if refused else [])
+    assert len(sites) == (not refused)
