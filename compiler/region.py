@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -241,7 +242,19 @@ def run_node(
         args = (*args[:2], False)  # half_to_float
     if rounding is not None and floats:
         return rounding.call(op_name(node), node.target, args, kwargs)
-    return _widened(node.target(*args, **kwargs), True)
+    with _default_of(torch.float64):  # numbers alone make a tensor of the default type
+        return _widened(node.target(*args, **kwargs), True)
+
+
+@contextmanager
+def _default_of(dtype: torch.dtype) -> Iterator[None]:
+    """Make ``dtype`` the default of floating tensors for a while."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _shielded(node: fx.Node, args: tuple[Any, ...]) -> tuple[Any, ...]:

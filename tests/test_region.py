@@ -253,3 +253,19 @@ def test_key_is_equal_for_equal_layers_and_differs_with_a_constant():
 
     assert keys(2.0)[0] == keys(2.0)[1]
     assert keys(3.0)[0] != keys(3.0)[1]
+
+
+def test_a_mask_chosen_between_two_numbers_runs_in_fp64():
+    from tests.rewriting import traced
+
+    def mask(keep: Tensor) -> Tensor:
+        return torch.where(keep, 0.0, torch.finfo(torch.float32).min) * 1
+
+    keep = torch.tensor([[True, False]])
+    graph = traced(mask, (keep,)).graph
+    out = next(n.name for n in graph.nodes if "mul" in n.name)
+    region = Region(graph, out, [next(n.name for n in graph.nodes)])
+    value = region.run({region.inputs[0]: keep}, dtype=torch.float64)
+    assert value.dtype == torch.float64
+    assert value[0, 0] == 0
+    assert value[0, 1] < torch.finfo(torch.float32).min
