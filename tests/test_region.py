@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attnc.capture_alias import op_name
 from attnc.region import Dataflow, Region, widen
