@@ -178,6 +178,7 @@ def _dotted(path: str, frame: Frame | None) -> str:
     root = _ROOT.match(path)
     rest = path[len(root[0]) :] if root else path
     name = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", rest).replace("_modules.", "").strip(".")
+    name = name.removeprefix("__self__").strip(".")  # of a bound method that is called
     ours = frame is not None and root is not None and root[0] == frame.root
     return ".".join(filter(None, (frame.prefix, name))) if ours and frame is not None else name
 
