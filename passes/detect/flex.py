@@ -1,8 +1,9 @@
 """Name calls of ``flex_attention``, and of torch's native layers: attention that is fused already.
 
-``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` take the native kernels in eval without gradients.
-A ``flex_attention`` has a kernel made for its own mods: its ``score_mod`` and ``mask_mod`` are sub-graphs of the call.  They run fused as they are, so that there is
-nothing to gain from reading them; the site is named so that a report does not pass over it in silence.
+A ``flex_attention`` has a kernel made for its own mods: its ``score_mod`` and ``mask_mod`` are sub-graphs of
+the call.  ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` take native kernels in eval without
+gradients.  There is nothing to gain from reading either; the site is named so that a report does not pass
+over it in silence.
 """
 
 from __future__ import annotations
