@@ -81,7 +81,7 @@ def inline_bodies(program: ExportedProgram, *, autocast: bool) -> ExportedProgra
 
 
 def _can_inline(call: fx.Node, autocast: bool) -> bool:
-    name = call.target.name() if isinstance(call.target, torch._ops.HigherOrderOperator) else ""
+    name = call.target.name() if isinstance(call.target, torch._ops.HigherOrderOperator) else ""  # type: ignore[no-untyped-call]
     if not all(u.op == "call_function" and op_name(u) == "getitem" for u in call.users):
         return False
     if name == "wrap_with_set_grad_enabled":

@@ -78,7 +78,7 @@ class Watch:
                 self.modules[path] = reason
         if reason and self.named is not None:
             for node in gm.graph.nodes:
-                if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() == _FLEX:
+                if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() == _FLEX:  # type: ignore[no-untyped-call]
                     path = next(reversed([str(p) for p, _ in _stack(node).values()]), "")
                     self.named(path, "", "already-fused: the model calls flex_attention here")
 

@@ -25,7 +25,7 @@ def flex_calls(graph: fx.Graph) -> list[Miss]:
 
 def is_flex(node: fx.Node) -> bool:
     """Say whether ``node`` is a call of the higher-order op ``flex_attention``."""
-    return isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in _CALLS
+    return isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in _CALLS  # type: ignore[no-untyped-call]
 
 
 def _named(node: fx.Node) -> Miss:
