@@ -239,9 +239,7 @@ def main() -> int:
         failed += [] if ok else [record["name"]]
         again = [s["again"] for s in record.get("sizes", {}).values()]
         one += "sizes" in record and record["programs"] == 1 and not any(again)
-    built = [
-        r for r in all_ if not str(r.get("error", "")).startswith(("LookupError", "ModuleNotFoundError"))
-    ]
+    built = [r for r in all_ if "not_built" not in r]
     moved = [r for r in built if len(r.get("sizes", {})) > 1]
     print(
         f"{len(built)} models, {len(moved)} run at other sizes; one capture for all: {one}; "

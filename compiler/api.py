@@ -366,7 +366,7 @@ class _Work:
         """Run the pipeline; a graph on which a stage raises stays as it was, with a warning."""
         state = self.state
         options = Options(
-            state.forms, state.target, self.verify, self.cost_model, trains, self.progress, whole
+            state.forms, state.target, self.verify, self.cost_model, trains, self.progress, whole=whole
         )
         try:
             outcome = run(captured, options, placeholders)

@@ -226,7 +226,8 @@ def _without_vmap(exported: ExportedProgram) -> ExportedProgram:
     if not any(op_name(n) == "_add_batch_dim" for n in exported.graph.nodes):
         return exported
     with _quiet():
-        return exported.run_decompositions({})
+        functional: ExportedProgram = exported.run_decompositions({})
+    return functional
 
 
 def _safe_to_functionalize(exported: ExportedProgram) -> ExportedProgram:

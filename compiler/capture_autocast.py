@@ -102,7 +102,7 @@ def _gives(node: fx.Node, dtype: torch.dtype | None) -> list[torch.dtype] | None
 
     def value(n: fx.Node) -> Any:
         held = n.meta.get("val")
-        return held.to(dtype) if dtype is not None and _is_castable(held) else held
+        return held.to(dtype) if dtype is not None and _is_castable(held) else held  # type: ignore[union-attr]
 
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value)
     mode = next((t.fake_mode for t in pytree.tree_leaves((args, kwargs)) if hasattr(t, "fake_mode")), None)

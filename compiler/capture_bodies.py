@@ -27,7 +27,7 @@ from attnc.capture_alias import flat, op_name
 from attnc.capture_autocast import write_casts
 from attnc.capture_functional import Declined, functional
 from attnc.capture_types import Captured
-from attnc.programs import copy_program
+from attnc.programs import copy_program, fix_outputs
 
 aten = torch.ops.aten
 _CONTRACTIONS = frozenset({"matmul", "bmm", "baddbmm", "mm", "addmm", "einsum", "tensordot", "__matmul__"})
@@ -74,13 +74,14 @@ def inline_bodies(program: ExportedProgram, *, autocast: bool) -> ExportedProgra
         tried.add(call.name)
         _inline(program.graph_module, call)
     program.graph.eliminate_dead_code()
+    fix_outputs(program)
     program.graph.lint()
     program.graph_module.recompile()
     return program
 
 
 def _can_inline(call: fx.Node, autocast: bool) -> bool:
-    name = call.target.name() if isinstance(call.target, torch._ops.HigherOrderOperator) else ""
+    name = call.target.name() if isinstance(call.target, torch._ops.HigherOrderOperator) else ""  # type: ignore[no-untyped-call]
     if not all(u.op == "call_function" and op_name(u) == "getitem" for u in call.users):
         return False
     if name == "wrap_with_set_grad_enabled":

@@ -160,7 +160,7 @@ def _edited(captured: Captured, rewrite: Rewrite) -> bool:
 
 def _is_call_of_body(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Say whether ``node`` is a higher-order call of a sub-graph on the operands that follow it."""
-    known = isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in _WITH_OPERANDS
+    known = isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in _WITH_OPERANDS  # type: ignore[no-untyped-call]
     holder = node.args[0] if known and node.args else None
     return (
         isinstance(holder, fx.Node)
@@ -303,7 +303,7 @@ def _records_gradients(inputs: Sequence[Any]) -> bool:
 
 
 def _own_backward(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() == _OWN_BACKWARD
+    return isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() == _OWN_BACKWARD  # type: ignore[no-untyped-call]
 
 
 def _writing_back(run: Compiled, mutated: tuple[int, ...]) -> Compiled:

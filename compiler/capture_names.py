@@ -78,7 +78,7 @@ class Watch:
                 self.modules[path] = reason
         if reason and self.named is not None:
             for node in gm.graph.nodes:
-                if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() == _FLEX:
+                if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() == _FLEX:  # type: ignore[no-untyped-call]
                     path = next(reversed([str(p) for p, _ in _stack(node).values()]), "")
                     self.named(path, "", "already-fused: the model calls flex_attention here")
 
@@ -178,6 +178,7 @@ def _dotted(path: str, frame: Frame | None) -> str:
     root = _ROOT.match(path)
     rest = path[len(root[0]) :] if root else path
     name = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", rest).replace("_modules.", "").strip(".")
+    name = name.removeprefix("__self__").strip(".")  # of a bound method that is called
     ours = frame is not None and root is not None and root[0] == frame.root
     return ".".join(filter(None, (frame.prefix, name))) if ours and frame is not None else name
 

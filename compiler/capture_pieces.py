@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from attnc.capture_trial import copied, unchanged
 from attnc.capture_types import Captured
 
-Capture = Callable[[str, tuple[Any, ...], Mapping[str, Any]], str]
+Capture = Callable[[str, tuple[Any, ...], dict[str, Any]], str]
 """Capture one submodule on the inputs of its first call: '' if that went well, else why not."""
 
 
