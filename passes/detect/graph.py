@@ -59,10 +59,21 @@ def shape(node: fx.Node) -> tuple[Expr, ...]:
     return cached
 
 
+_CARRIER_NAMES = """
+view _unsafe_view reshape permute transpose t unsqueeze squeeze expand clone contiguous alias detach
+_to_copy to dropout slice type_as
+"""
+CARRIERS = frozenset(_CARRIER_NAMES.split())
+"""Operations that hand on a tensor's elements, each once or not at all."""
+_LIKE_THE_SECOND = frozenset({"reshape_as", "view_as", "expand_as", "type_as", "to.other"})
+"""Operations that read of their second argument its size or type, and no element."""
+
+
 def inputs(node: fx.Node) -> tuple[fx.Node, ...]:
-    """Return the tensor inputs of a node in argument order, with repeats."""
+    """Return the tensors whose elements a node reads, in argument order, with repeats."""
     out: list[fx.Node] = []
-    fx.node.map_arg((node.args, node.kwargs), out.append)
+    like = {op_name(node), base_name(node)} & _LIKE_THE_SECOND
+    fx.node.map_arg((node.args[:1] if like else node.args, node.kwargs), out.append)
     return tuple(n for n in out if tensor_of(n) is not None)
 
 
@@ -83,9 +94,11 @@ def is_float_cast(node: fx.Node) -> bool:
     return here.dtype.is_floating_point and there.dtype.is_floating_point
 
 
-def reads_size_only(node: fx.Node) -> bool:
-    """Say whether the node reads a symbolic size of its input and no element."""
-    return base_name(node) == "sym_size"
+def reads_size_only(node: fx.Node, of: fx.Node) -> bool:
+    """Say whether ``node`` reads a size or the type of ``of``, and no element."""
+    if base_name(node) == "sym_size":
+        return True
+    return of not in inputs(node) and bool({op_name(node), base_name(node)} & _LIKE_THE_SECOND)
 
 
 def users(node: fx.Node) -> tuple[fx.Node, ...]:

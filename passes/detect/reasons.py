@@ -8,7 +8,7 @@ from attnc import expr as E
 from attnc.ir import Miss
 from attnc.passes.detect.contraction import contraction
 from attnc.passes.detect.env import Env
-from attnc.passes.detect.graph import base_name, inputs
+from attnc.passes.detect.graph import CARRIERS, base_name, inputs, users
 from attnc.passes.detect.norms.anchor import Anchor
 from attnc.passes.detect.scores.walk import meeting
 from attnc.passes.detect.views import At, Index
@@ -48,6 +48,30 @@ def why_no_scores(anchor: Anchor, env: Env) -> Miss:
         "contraction of two computed tensors"
     )
     return Miss("no-scores", anchor.weights.name, why)
+
+
+def mixed_by_layers(anchor: Anchor, env: Env) -> Miss | None:
+    """Name talking heads (arXiv:2003.02436) spelled as linear layers over the heads; None for anything else.
+
+    Scores pass through one layer to the normalizer, and the weights through views, or one more layer, to a
+    contraction with values: a router's do not.
+    """
+    layer = anchor.scores
+    while base_name(layer) in CARRIERS and isinstance(layer.args[0], fx.Node):
+        layer = layer.args[0]
+    if base_name(layer) != "linear" or not any(env.carries(x) for x in inputs(layer)):
+        return None
+    stack = [anchor.weights]
+    while stack:
+        for u in users(stack.pop()):
+            if env.scores_of(u) is not None:
+                why = (
+                    f"{layer.name} mixes the scores of several heads: each head would need the scores of all"
+                )
+                return Miss("talking-heads", layer.name, why)
+            if base_name(u) in CARRIERS or base_name(u) == "linear":
+                stack.append(u)
+    return None
 
 
 def why_not_summed(anchor: Anchor, weights: Index, summed: frozenset[E.Expr], env: Env, miss: Miss) -> Miss:

@@ -29,7 +29,7 @@ def region_of(
 
 def _readers(node: fx.Node) -> list[fx.Node]:
     """Return the users of the elements of a node; its sizes can be had from elsewhere."""
-    return [u for u in users(node) if not reads_size_only(u)]
+    return [u for u in users(node) if not reads_size_only(u, node)]
 
 
 def _only_feeds(node: fx.Node, inside: Mapping[str, fx.Node]) -> bool:

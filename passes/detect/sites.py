@@ -30,7 +30,7 @@ from attnc.passes.detect.graph import (
 from attnc.passes.detect.layout import digits
 from attnc.passes.detect.norms import NORM_FINDERS
 from attnc.passes.detect.norms.anchor import Anchor, divisor_of
-from attnc.passes.detect.reasons import why_no_scores
+from attnc.passes.detect.reasons import mixed_by_layers, why_no_scores
 from attnc.passes.detect.scores import SCORE_PEELERS, views
 from attnc.passes.detect.scores.additive import additive
 from attnc.passes.detect.solve import Reached, Solved, solve, value_contraction, value_contractions
@@ -106,7 +106,7 @@ def skeleton(anchor: Anchor, env: Env) -> Skeleton | Pieces | Miss | None:
     forward = value_contraction(anchor, reached)
     if not env.carries(anchor.scores):
         if isinstance(forward, Miss) or env.pure(forward[0].lhs) or env.pure(forward[0].rhs):
-            return None
+            return mixed_by_layers(anchor, env)
         return why_no_scores(anchor, env)
     if isinstance(forward, Miss):
         return forward

@@ -11,20 +11,13 @@ from attnc.expr import ONE, ZERO, Expr
 from attnc.ir import Miss
 from attnc.passes.detect.contraction import Contraction, contractions_of
 from attnc.passes.detect.env import Env
-from attnc.passes.detect.graph import argument, base_name, is_float_cast, op_name, shape, users
+from attnc.passes.detect.graph import CARRIERS, argument, base_name, is_float_cast, op_name, shape, users
 from attnc.passes.detect.layout import digits
 from attnc.passes.detect.norms.anchor import Anchor
 from attnc.passes.detect.reasons import why_not_summed
 from attnc.passes.detect.views import At, Index, stepped
 
-_CARRIER_NAMES = """
-view _unsafe_view reshape permute transpose t unsqueeze squeeze expand clone contiguous alias detach
-_to_copy to dropout slice type_as
-"""
 _CUTS = frozenset({"split", "split_with_sizes", "chunk", "unbind"})
-_CARRIERS = frozenset(_CARRIER_NAMES.split())
-
-
 Reached = list[tuple[Contraction, list[fx.Node]]]
 
 
@@ -41,7 +34,7 @@ def value_contractions(anchor: Anchor, env: Env) -> Reached:
             found = [c for c in contractions_of(u) if c.lhs is node or c.rhs is node]
             if found:
                 reached += [(c, path) for c in found if not _is_layer(c, node, env)]
-            elif base_name(u) in _CARRIERS and u.args[0] is node:
+            elif base_name(u) in CARRIERS and u.args[0] is node:
                 stack.append((u, [*path, u]))
             elif base_name(u) in _CUTS and u.args[0] is node:
                 stack += [(part, [*path, u, part]) for part in u.users]

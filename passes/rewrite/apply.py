@@ -94,7 +94,8 @@ class Rewriter:
             return Miss("no-link", str(e), why)
         self.build.before(out)
         unknown = self._unknown_sizes(recipes, found.result, sources[0])
-        read = [dim(u.meta["val"]) for u in self._size_readers(found)]
+        vals = [u.meta["val"] for u in self._size_readers(found)]
+        read = [dim(n) for v in vals for n in (v.shape if isinstance(v, torch.Tensor) else (v,))]
         unknown += [size for size in read if not self.build.knows(size)]
         if unknown:
             return Miss(
@@ -178,21 +179,36 @@ class Rewriter:
         return self.build.call(operator.getitem, node, 0)
 
     def _size_readers(self, found: Found) -> list[fx.Node]:
-        """Return the nodes that read a size off a node of the region."""
+        """Return the nodes that read a size or the type of a node of the region, and none of its elements."""
         region = [self.nodes.get(self.moments.get(n, "")) for n in sorted(found.match.region)]
         alive = [n for n in region if n is not None and not n._erased]
-        return [u for n in alive for u in n.users if reads_size_only(u)]
+        return list(dict.fromkeys(u for n in alive for u in n.users if reads_size_only(u, n)))
 
     def _read_size_elsewhere(self, reader: fx.Node) -> None:
-        """Give the users of a size of the region the same size of an input."""
-        size = self.build.size(dim(reader.meta["val"]))
-        if isinstance(size, fx.Node):
-            reader.replace_all_uses_with(size, propagate_meta=False)
+        """Let a reader of a size, or of a type, of the region have it from elsewhere."""
+        if reader.op == "call_function" and isinstance(reader.meta["val"], torch.Tensor):
+            like = self._like(reader)
+            reader.replace_all_uses_with(like, propagate_meta=False)
+            self.nodes[reader.name] = like
         else:
-            for user in list(reader.users):
-                user.args = fx.node.map_arg(user.args, lambda n: size if n is reader else n)
-                user.kwargs = fx.node.map_arg(user.kwargs, lambda n: size if n is reader else n)
+            size = self.build.size(dim(reader.meta["val"]))
+            if isinstance(size, fx.Node):
+                reader.replace_all_uses_with(size, propagate_meta=False)
+            else:
+                for user in list(reader.users):
+                    user.args = fx.node.map_arg(user.args, lambda n: size if n is reader else n)
+                    user.kwargs = fx.node.map_arg(user.kwargs, lambda n: size if n is reader else n)
         self.graph.erase_node(reader)
+
+    def _like(self, reader: fx.Node) -> fx.Node:
+        """Return what ``x.reshape_as(region)`` and its kin give, made without the region."""
+        x, val = reader.args[0], reader.meta["val"]
+        b = self.build.before(reader, reader.meta.get("attnc"), reader)
+        assert isinstance(x, fx.Node), f"{reader.name} reads no tensor"
+        if x.meta["val"].dtype != val.dtype:
+            return b.call(aten.to.dtype, x, val.dtype)
+        sizes = [dim(n) for n in val.shape]
+        return b.expand(x, sizes) if "expand" in str(reader.target) else b.reshape(x, sizes)
 
     def _made(self, r: Making, device: torch.device | None) -> fx.Node:
         """Return the node of an operand; ``device`` is where conditions are computed."""

@@ -290,3 +290,18 @@ def test_an_attention_whose_query_is_another_attention():
     t.graph.owning_module.recompile()
     assert len(attend_nodes(t.graph)) == 2
     assert_same(t, attention, SELF)
+
+
+def test_a_bias_shaped_like_the_scores_does_not_keep_them_alive():
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        w = q @ k.transpose(-2, -1)
+        bias = q.sum(-1, keepdim=True).expand_as(w).flatten().reshape_as(w).type_as(w)
+        return (w + bias * 0.1).softmax(-1) @ v * 1
+
+    program = torch.export.export(Forward(attention), ARGS, strict=False)
+    names = {n.name: n.name for n in program.graph.nodes}
+    t = Traced(program.graph, program.graph, names, {}, lambda *a: program.graph_module(*a)[0])
+    t.rewrite(t.detect()[0])
+    left = [str(n.target) for n in t.graph.nodes if n.op == "call_function"]
+    assert not any("matmul" in name for name in left)
+    torch.testing.assert_close(t.run(*ARGS), attention(*ARGS))
