@@ -51,6 +51,7 @@ NEAR_MISSES: dict[str, NearMiss] = {
         {"norm": "exp_sum|logsumexp", "mask": "padding|rows|documents", "fill": "min|big|small"}
         | {"applied": "masked_fill|add|where|multiply", "extra": "none"},
     ),
+    "biases_before_log_sum": miss({"norm": "logsumexp|lse_sink", "bias": "dense|per_head|keys_only"}),
     "softmin": miss(NORMALIZED, instead="w = F.softmin(w, -1)"),
     "base_two": miss(NORMALIZED, instead="u = 2.0 ** w; w = u / u.sum(-1, keepdim=True)"),
     "sum_over_queries": miss(NORMALIZED, instead="u = w.exp(); w = u / u.sum(-2, keepdim=True)"),
