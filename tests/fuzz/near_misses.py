@@ -161,7 +161,9 @@ NEAR_MISSES: dict[str, NearMiss] = {
     "scores_rounded": miss(ANY_HEADS, scores="w = w.round()"),
     "scores_squared": miss(ANY_HEADS | UNMASKED, scores="w = w * w"),
     "scale_twice": miss(ANY_HEADS, operands="q = q * 0.5", scores="w = w * 0.5"),
-    "scale_negative_after_mask": miss(ANY_HEADS | {"fill": "small|big", "norm": "softmax|exp_max"}, scores="w = w * -0.5"),
+    "scale_negative_after_mask": miss(
+        ANY_HEADS | {"fill": "small|big", "norm": "softmax|exp_max"}, scores="w = w * -0.5"
+    ),
     "scale_zero": miss(ANY_HEADS | {"fill": "small|big"}, scores="w = w * 0.0"),
     "scale_by_length": miss(ANY_HEADS, scores="w = w * (w.shape[-1] / 16)"),
     "scale_by_row": miss(ANY_HEADS | UNMASKED, scores="w = w / w.std(-1, keepdim=True, unbiased=False)"),
