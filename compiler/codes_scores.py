@@ -103,6 +103,12 @@ MASKS = (
         "weights that do not add up to one, is not what a softmax gives.",
     ),
     Code(
+        "nan-made-zero",
+        "Zero the rows that see no key with torch.where, or leave nan_to_num out.",
+        "The weights go through nan_to_num, which zeroes rows that see no key. A step on the scores may make "
+        "NaN itself, of an infinite bias times zero for one, and those rows a fused kernel would not zero.",
+    ),
+    Code(
         "two-masks",
         "Join the two conditions with & and mask once.",
         "Two masks with different fills are applied one after the other. Positions hidden by both hold a "

@@ -11,11 +11,11 @@ from torch import fx
 from attnc import expr as E
 from attnc import masks as M
 from attnc.expr import Expr
-from attnc.ir import AttentionSpec, Bias, Match, Miss, Operand, Scale, Site
+from attnc.ir import AttentionSpec, Bias, Match, Miss, Operand, Scale, Site, Softcap
 from attnc.passes.detect.draft import Draft, Refusal
 from attnc.passes.detect.env import Env
 from attnc.passes.detect.found import Found, Making
-from attnc.passes.detect.graph import argument, module_path, shape, source_line, tensor_of
+from attnc.passes.detect.graph import argument, base_name, module_path, shape, source_line, tensor_of
 from attnc.passes.detect.layout import Recipe, digits, from_roles, size_of, to_roles
 from attnc.passes.detect.region import region_of
 from attnc.passes.detect.roles import Atoms, Candidate, Roles, assign, choose
@@ -78,6 +78,7 @@ def _written(s: Skeleton, env: Env, chosen: dict[str, list[Candidate]], r: Roles
     steps, captured = tuple(draft.steps), tuple(draft.captured)
     spec = AttentionSpec(q, k, v, group, steps, mask, fill, norm, captured, s.dropout)
     _check_empty_rows(s, spec)
+    _check_nan_made_zero(s, spec)
     made = {o.name: draft.recipes[o.name] for o in captured}
     skipped = tuple(n for c in picked.values() for n in c.skipped)
     return Written(s, spec, r, recipes, made, result, skipped, tuple(draft.conditions))
@@ -94,6 +95,15 @@ def _check_empty_rows(s: Skeleton, spec: AttentionSpec) -> None:
             return
         why = f"rows that see no key hold {fill:g} alone, whose exponentials vanish or are rounded off"
         raise Refusal(Miss("empty-rows-differ", s.anchor.weights.name, why))
+
+
+def _check_nan_made_zero(s: Skeleton, spec: AttentionSpec) -> None:
+    """Refuse ``nan_to_num`` of weights whose scores may be NaN by a step, and not by a row all -inf alone."""
+    nodes = [s.anchor.weights, *s.anchor.inner]
+    made = [x for x in spec.scores if not isinstance(x, Bias | Scale | Softcap)]
+    if made and any(base_name(n) == "nan_to_num" for n in nodes):
+        why = f"nan_to_num also makes zero what {made[0]} makes NaN of infinite or negative scores"
+        raise Refusal(Miss("nan-made-zero", s.anchor.weights.name, why))
 
 
 def finish(

@@ -111,6 +111,7 @@ def _draw(r: random.Random, f: Any) -> str:
 # ---------------------------------------------------------------- what cannot stand together
 
 SQUARE = ("square", "equal", "lone")
+BARE = ("exp_sum", "late", "logsumexp", "lse_sink")
 FEW = ("equal", "decode", "one_key", "lone")
 MAKES = {
     "causal": "compare tril triu cumsum buffer index floats where inverted packed padded joined rowwise",
@@ -159,7 +160,8 @@ RULES: list[Rule] = [
     (lambda x: x.mask in ("none", *DATA), {"positions": "arange"}),
     (lambda x: not {x.mask, x.more} & {"padding", "rows"}, {"given": "bool"}),
     # Without a maximum taken off, a row of finite fills is 0 / 0 or rounded off: see the near misses.
-    (lambda x: x.norm in ("exp_sum", "late", "logsumexp"), {"fill": "inf", "more_fill": "same"}),
+    (lambda x: x.norm in BARE, {"fill": "inf", "more_fill": "same"}),
+    (lambda x: x.norm in ("logsumexp", "lse_sink"), {"bias": "none"}),
     (lambda x: x.joined != "fills" or x.applied in ("multiply", "blend", "log"), {"more_fill": "same"}),
     (lambda x: x.applied in ("multiply", "blend") and x.fill == "inf", {"applied": "add"}),
     (lambda x: x.applied == "log", {"fill": "inf"}),

@@ -51,6 +51,7 @@ NEAR_MISSES: dict[str, NearMiss] = {
         {"norm": "exp_sum|logsumexp", "mask": "padding|rows|documents", "fill": "min|big|small"}
         | {"applied": "masked_fill|add|where|multiply", "extra": "none"},
     ),
+    "biases_before_log_sum": miss({"norm": "logsumexp|lse_sink", "bias": "dense|per_head|keys_only"}),
     "softmin": miss(NORMALIZED, instead="w = F.softmin(w, -1)"),
     "base_two": miss(NORMALIZED, instead="u = 2.0 ** w; w = u / u.sum(-1, keepdim=True)"),
     "sum_over_queries": miss(NORMALIZED, instead="u = w.exp(); w = u / u.sum(-2, keepdim=True)"),
@@ -160,14 +161,17 @@ NEAR_MISSES: dict[str, NearMiss] = {
     "scores_rounded": miss(ANY_HEADS, scores="w = w.round()"),
     "scores_squared": miss(ANY_HEADS | UNMASKED, scores="w = w * w"),
     "scale_twice": miss(ANY_HEADS, operands="q = q * 0.5", scores="w = w * 0.5"),
-    "scale_negative_after_mask": miss(ANY_HEADS | {"fill": "small|big"}, scores="w = w * -0.5"),
+    "scale_negative_after_mask": miss(
+        ANY_HEADS | {"fill": "small|big", "norm": "softmax|exp_max"}, scores="w = w * -0.5"
+    ),
     "scale_zero": miss(ANY_HEADS | {"fill": "small|big"}, scores="w = w * 0.0"),
     "scale_by_length": miss(ANY_HEADS, scores="w = w * (w.shape[-1] / 16)"),
     "scale_by_row": miss(ANY_HEADS | UNMASKED, scores="w = w / w.std(-1, keepdim=True, unbiased=False)"),
     "softcap_after_mask": miss(ANY_HEADS | {"fill": "small|big"}, scores="w = torch.tanh(w / 3) * 3"),
     "clamped_after_mask": miss(ANY_HEADS, scores="w = w.clamp(min=-5.0)"),
     "raised_after_mask": miss(
-        ANY_HEADS | {"fill": "small"}, scores="w = w + 20000.0 * torch.eye(w.shape[-1]).to(w.dtype)[0]"
+        ANY_HEADS | {"fill": "small", "norm": "softmax|exp_max"},
+        scores="w = w + 20000.0 * torch.eye(w.shape[-1]).to(w.dtype)[0]"
     ),
     "hidden_by_score": miss(ANY_HEADS, scores="w = w.masked_fill(w < 0, float('-inf'))"),
     "hidden_by_mean": miss(

@@ -104,7 +104,7 @@ def divisor_of(node: fx.Node, numerator: fx.Node, index: Index) -> tuple[At, tup
 
     ``index`` is that of the element of ``node``. None if ``node`` is no such division.
     """
-    if node.kwargs.get("rounding_mode") or numerator not in node.args[:2]:
+    if len(node.args) < 2 or node.kwargs.get("rounding_mode") or numerator not in node.args[:2]:
         return None
     a, b = node.args[:2]
     if base_name(node) == "div" and a is numerator:

@@ -59,6 +59,7 @@ def test_division_by_the_sum_of_the_row(f):
         lambda x: (e := (x - x.amax(-1, True)).exp()) / (e.sum(-1, True) + 1e-3),
         lambda x: (e := (x - x.amax(-1, True)).exp()) / (e.sum(-1, True) + x.amax(-1, True).exp()),
         lambda x: (e := x.exp()) * e.sum(-1, True),
+        lambda x: (e := x.exp()).neg() / e.sum(-1, True),
     ],
 )
 def test_any_other_division_is_none(f):

@@ -141,3 +141,17 @@ def test_nan_made_zero_is_a_safe_softmax(f, safe):
     found = softmax.find(traced(lambda x: f(x.softmax(-1)), (X,)).work)
     assert [a.norm for a in found] == [Softmax(safe=safe)]
     assert ("nan_to_num" in str(found[0].weights.target)) == safe
+
+
+def test_nan_that_a_step_on_the_scores_makes_is_not_that_of_an_empty_row():
+    """An infinite bias times zero is NaN, which ``nan_to_num`` hides and a softmax of the spec would not."""
+
+    def attention(q, k, v, bias, gain):
+        return ((q @ k.mT + bias) * gain).softmax(-1).nan_to_num(0.0) @ v
+
+    args = (*(torch.randn(2, 3, 5, 4) for _ in range(3)), torch.randn(5, 5), torch.ones(5, 5))
+    sites, missed = traced(attention, args).detect()
+    assert not sites
+    assert [m.code for m, _ in missed] == ["nan-made-zero"]
+    safe = traced(lambda q, k, v, bias, gain: attention(q, k, v, bias, 2.0), args).detect()[0]
+    assert [f.match.spec.norm for f in safe] == [Softmax(safe=True)]
