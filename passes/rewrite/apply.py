@@ -93,7 +93,7 @@ class Rewriter:
             )
             return Miss("no-link", str(e), why)
         self.build.before(out)
-        unknown = self._unknown_sizes(recipes, found.result, sources[0])
+        unknown = self._unknown_sizes(recipes, found.result, sources)
         vals = [u.meta["val"] for u in self._size_readers(found)]
         read = [dim(n) for v in vals for n in (v.shape if isinstance(v, torch.Tensor) else (v,))]
         unknown += [size for size in read if not self.build.knows(size)]
@@ -111,13 +111,18 @@ class Rewriter:
             return Miss("crosses-switch", anchor, "the site spans a change of grad mode or autocast")
         return None
 
-    def _unknown_sizes(self, recipes: Sequence[Making], result: Recipe, near: fx.Node) -> list[Expr]:
-        """Return the sizes that the site needs and that nothing in the graph computes."""
-        wanted: list[tuple[Expr, fx.Node]] = [(n, near) for n in sizes_of(result)]
+    def _unknown_sizes(
+        self, recipes: Sequence[Making], result: Recipe, sources: Sequence[fx.Node]
+    ) -> list[Expr]:
+        """Return the sizes that the site needs and that nothing in the graph computes.
+
+        The result has the axes of its operands, the ``sources``.
+        """
+        unknown = [n for n in sizes_of(result) if not any(self.build.knows(n, s) for s in sources)]
         for r in recipes:
-            at = self.resolve(r.reads[0]) if r.reads else near
-            wanted += [(n, at) for n in sizes_of(r)]
-        return [n for n, at in wanted if not self.build.knows(n, at)]
+            at = self.resolve(r.reads[0]) if r.reads else sources[0]
+            unknown += [n for n in sizes_of(r) if not self.build.knows(n, at)]
+        return unknown
 
     def apply(
         self, found: Found, spec: AttentionSpec | None = None, stamp: Mapping[str, Any] | None = None
