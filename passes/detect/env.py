@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -90,6 +90,40 @@ class Peeled:
     through: tuple[fx.Node, ...] = ()
 
 
+def _settle(
+    node: fx.Node,
+    memo: dict[str, bool],
+    rule: Callable[[fx.Node], bool | None],
+    sources: Callable[[fx.Node], Sequence[fx.Node]],
+    join: Callable[[Iterable[bool]], bool],
+) -> bool:
+    """Decide a property of a node by ``rule``, or where that is None by joining those of its sources."""
+    stack = [node]
+    while stack:
+        n = stack[-1]
+        if n.name in memo:
+            stack.pop()
+            continue
+        known = rule(n)
+        above = sources(n) if known is None else ()
+        todo = [x for x in above if x.name not in memo]
+        if todo:
+            stack += todo
+        else:
+            memo[n.name] = known if known is not None else join(memo[x.name] for x in above)
+    return memo[node.name]
+
+
+def _value_inputs(node: fx.Node) -> list[fx.Node]:
+    """Return the inputs that are tensors, or several tensors."""
+    values = ((x, x.meta.get("val")) for x in node.all_input_nodes)
+    return [x for x, val in values if isinstance(val, torch.Tensor | tuple | list)]
+
+
+def _elements_read(node: fx.Node) -> Sequence[fx.Node]:
+    return node.all_input_nodes if op_name(node) == "py.getitem" else inputs(node)
+
+
 @dataclass
 class Env:
     """Facts of one working graph, memoised.
@@ -127,27 +161,11 @@ class Env:
 
         Parameters, buffers (``fixed``) and constants are none.
         """
-        memo = self._pure
-        stack = [node]
-        while stack:
-            n = stack[-1]
-            if n.name in memo:
-                stack.pop()
-                continue
-            if n.op in ("placeholder", "get_attr"):
-                memo[n.name] = n.name in self.fixed or n.op == "get_attr"
-                continue
-            sources = [
-                x
-                for x in n.all_input_nodes
-                if tensor_of(x) is not None or isinstance(x.meta.get("val"), tuple | list)
-            ]
-            todo = [x for x in sources if x.name not in memo]
-            if todo:
-                stack += todo
-                continue
-            memo[n.name] = all(memo[x.name] for x in sources)
-        return memo[node.name]
+        return _settle(node, self._pure, self._is_fixed_input, _value_inputs, all)
+
+    def _is_fixed_input(self, node: fx.Node) -> bool | None:
+        is_input = node.op in ("placeholder", "get_attr")
+        return node.name in self.fixed or node.op == "get_attr" if is_input else None
 
     def is_weight(self, node: fx.Node) -> bool:
         """Say whether the node is a parameter or constant, or made from such without any layer.
@@ -156,21 +174,11 @@ class Env:
         """
         if not self.pure(node):
             return False
-        memo = self._weight
-        stack = [node]
-        while stack:
-            n = stack[-1]
-            if n.name in memo:
-                stack.pop()
-            elif base_name(n) in _LAYERS:
-                memo[n.name] = False
-            else:
-                todo = [x for x in n.all_input_nodes if x.name not in memo]
-                if todo:
-                    stack += todo
-                else:
-                    memo[n.name] = all(memo[x.name] for x in n.all_input_nodes)
-        return memo[node.name]
+
+        def rule(n: fx.Node) -> bool | None:
+            return False if base_name(n) in _LAYERS else None
+
+        return _settle(node, self._weight, rule, lambda n: n.all_input_nodes, all)
 
     def scores_of(self, node: fx.Node) -> Contraction | None:
         """Return the node as a contraction that may produce scores.
@@ -187,24 +195,12 @@ class Env:
 
         Another contraction or a barrier between the two ends the way.
         """
-        memo = self._carries
-        stack = [node]
-        while stack:
-            n = stack[-1]
-            if n.name in memo:
-                stack.pop()
-            elif self.scores_of(n) is not None:
-                memo[n.name] = True
-            elif base_name(n) in BARRIERS or n.op != "call_function":
-                memo[n.name] = False
-            else:
-                sources = inputs(n) if op_name(n) != "py.getitem" else n.all_input_nodes
-                todo = [x for x in sources if x.name not in memo]
-                if todo:
-                    stack += todo
-                else:
-                    memo[n.name] = any(memo[x.name] for x in sources)
-        return memo[node.name]
+        return _settle(node, self._carries, self._is_scores, _elements_read, any)
+
+    def _is_scores(self, node: fx.Node) -> bool | None:
+        if self.scores_of(node) is not None:
+            return True
+        return False if base_name(node) in BARRIERS or node.op != "call_function" else None
 
     def position(self, node: fx.Node) -> int:
         """Return the place of the node in its graph."""

@@ -64,10 +64,7 @@ class Rewriter:
         Raises:
             NoLinkError: there is none, or it was erased.
         """
-        node = self.nodes.get(self.links.get(name, ""))
-        if node is None or node._erased:
-            raise NoLinkError(name)
-        return node
+        return self._linked(name, self.links)
 
     def replaceable(self, name: str) -> fx.Node:
         """Return the node of the edited graph that can be replaced where the working graph has ``name``.
@@ -75,7 +72,10 @@ class Rewriter:
         Raises:
             NoLinkError: there is none, or it was erased.
         """
-        node = self.nodes.get(self.moments.get(name, ""))
+        return self._linked(name, self.moments)
+
+    def _linked(self, name: str, links: Mapping[str, str]) -> fx.Node:
+        node = self.nodes.get(links.get(name, ""))
         if node is None or node._erased:
             raise NoLinkError(name)
         return node
