@@ -328,7 +328,7 @@ def moves(node: fx.Node) -> bool:
 
 
 def forward(node: fx.Node, index: Index) -> Index | None:
-    """Return where the element ``index`` of the input is in a node that ``moves`` elements, None if unsure."""
+    """Return where element ``index`` of the input is in a node that ``moves`` elements, None if unsure."""
     rule, src = _RULES[base_name(node)], node.args[0]
     assert isinstance(src, fx.Node), "a view has an input"
     if rule in (_reshape, _unsqueeze):
