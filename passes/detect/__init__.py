@@ -23,6 +23,7 @@ from attnc.passes.detect.others import unnormalized
 from attnc.passes.detect.pieces import describe_pieces
 from attnc.passes.detect.sites import Pieces, Skeleton, skeletons
 from attnc.passes.detect.terms import describe_combination
+from attnc.passes.detect.unrolled import copy_of, loops
 
 log = logging.getLogger("attnc.detect")
 
@@ -66,6 +67,7 @@ def detect(
     for call in (*fused_calls(work, env), *flex_calls(work)):
         anchor = call.node if isinstance(call, Miss) else call.anchor.weights.name
         items.append((order[anchor], call, anchor))
+    items = _with_loops(work, env, items)
     for _, item, anchor in sorted(items, key=lambda t: t[0]):
         path = module_path(nodes[anchor])[0] or "model"
         names[path] += 1
@@ -95,6 +97,16 @@ def _with_combinations(work: fx.Graph, env: Env, items: list[_Item], order: Mapp
         out = [x for x in out if not (isinstance(x[1], Miss) and x[1].node in solved)]
         name = item.node if isinstance(item, Miss) else item.anchor.weights.name
         out.append((order[name], item, name))
+    return out
+
+
+def _with_loops(work: fx.Graph, env: Env, items: list[_Item]) -> list[_Item]:
+    """Replace the sites of a loop that was unrolled by the one that they are together, if that is a site."""
+    out = list(items)
+    for merged, parts in loops(work, [i for _, i, _ in items if isinstance(i, Skeleton)], env):
+        turns = [x for x in out if any(x[1] is p for p in parts)]
+        if len(turns) == len(parts) and isinstance(_described(copy_of(merged), env, ""), Found):
+            out = [x for x in out if x not in turns] + [(turns[0][0], merged, turns[0][2])]
     return out
 
 

@@ -130,7 +130,7 @@ def finish(
     trail = tuple(reversed(s.trail))
     conditions = tuple(dict.fromkeys(c for w in parts for c in w.conditions))
     match = Match(written.spec, site, frozenset(region), output.name, trail, escapes, conditions)
-    fused = s.trail == ["sdpa-call"]
+    fused = s.trail[:1] == ["sdpa-call"]
     return Found(
         match,
         written.operands,
@@ -145,14 +145,16 @@ def finish(
 def _improves(s: Skeleton, spec: AttentionSpec) -> bool:
     """Say whether the spec knows more than the fused call.
 
-    That is a closed mask in place of a tensor, or keys that are not repeated.
+    That is a closed mask in place of a tensor, keys that are not repeated, or one call in place of many.
     """
+    call = s.anchor.weights
     closed = (
-        argument(s.output, 3, "attn_mask") is not None
+        argument(call, 3, "attn_mask") is not None
         and not any(isinstance(x, Bias) for x in spec.scores)
         and not _is_dense(spec.mask)
     )
-    return closed or (spec.group_size > 1 and not argument(s.output, 7, "enable_gqa", False))
+    grouped = spec.group_size > 1 and not argument(call, 7, "enable_gqa", False)
+    return closed or grouped or s.output is not call
 
 
 def _is_dense(mask: M.Mask) -> bool:

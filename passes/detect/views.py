@@ -318,3 +318,19 @@ def stepped(at: At) -> tuple[At, bool] | None:
     """Follow one view or one piece; the flag says that elements repeat."""
     part = piece(at)
     return (part, False) if part is not None else view(at)
+
+
+def moves(node: fx.Node) -> bool:
+    """Say whether the node is a view or copy that holds every element of its first argument once."""
+    return _RULES.get(base_name(node)) in (_reshape, _unsqueeze, _permute, _same) and (
+        op_name(node) not in _OTHER_BITS and isinstance(node.args[0] if node.args else None, fx.Node)
+    )
+
+
+def forward(node: fx.Node, index: Index) -> Index | None:
+    """Return where element ``index`` of the input is in a node that ``moves`` elements, None if unsure."""
+    rule, src = _RULES[base_name(node)], node.args[0]
+    assert isinstance(src, fx.Node), "a view has an input"
+    if rule in (_reshape, _unsqueeze):
+        return reshape(index, shape(src), shape(node))
+    return index if rule is _same else tuple(index[axis] for axis in _order(node, len(index)))
