@@ -39,6 +39,7 @@ def plain_copy(graph: fx.Graph) -> fx.Graph | None:
     if not all(map(_is_plain, graph.nodes)):
         return None
     work = copy_graph(graph)
+    work.owning_module = graph.owning_module
     for node in list(work.nodes):
         if node.target is torch.ops.aten.detach_.default:
             node.target = torch.ops.aten.detach.default

@@ -206,7 +206,13 @@ def test_values_written_later_are_not_linked() -> None:
 
 
 def test_a_value_out_of_a_higher_order_call_is_linked_through_its_user() -> None:
-    captured = capture_export(WithoutGrad(), (torch.randn(3, 4),))
+    class UnderAutocast(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                y = x.cos() + 1
+            return y * x
+
+    captured = capture_export(UnderAutocast(), (torch.randn(3, 4),))
     calls = [n for n in captured.graph.nodes if isinstance(n.target, torch._ops.HigherOrderOperator)]
     assert calls, "this test needs a model whose export holds a higher-order call"
     outputs = {u.name for call in calls for u in call.users}
