@@ -105,7 +105,8 @@ def _step(word: str) -> Step:
         return Scale(float(arg))
     if kind == "softcap":
         return Softcap(float(arg))
-    return Gain(arg) if kind == "gain" else Bias(arg.lstrip("-"), -1 if arg.startswith("-") else 1)
+    name, _, form = arg.lstrip("-").partition(":")
+    return Gain(arg) if kind == "gain" else Bias(name, -1 if arg.startswith("-") else 1, form)
 
 
 def _fill(word: str) -> Fill:

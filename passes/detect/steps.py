@@ -21,6 +21,7 @@ from attnc.passes.detect.layout import Recipe, size_of, to_roles
 from attnc.passes.detect.masks.lift import Positions, lift
 from attnc.passes.detect.roles import Atoms, cuts, ordered, refine
 from attnc.passes.detect.scores.additive import HIDES
+from attnc.passes.detect.scores.bias_forms import form_of
 from attnc.passes.detect.views import At, stepped
 from attnc.pointwise import SCORE, Call, evaluate, rename, text
 
@@ -88,7 +89,7 @@ def _settles(d: Draft) -> bool:
     if mask.at is None:
         return False
     if mask.how == "add":
-        d.steps.append(Bias(_score_operand(d, mask.at), mask.sense))
+        d.steps.append(_bias(d, mask.at, mask.sense))
         return True
     arms = (SCORE, mask.value) if mask.sense > 0 else (mask.value, SCORE)
     d.steps.append(Pointwise(text(Call("where", (_score_operand(d, mask.at), *arms)))))
@@ -176,7 +177,11 @@ def _add_bias(d: Draft, at: At, sign: Literal[1, -1]) -> None:
         if d.mask.value > HUGE or any(isinstance(step, Bias) for step in d.steps):
             d.refuse("bias-after-mask", f"a tensor is added after hidden scores became {d.mask.value:g}")
         d.mask = replace(d.mask, how="add", at=None)
-    d.steps.append(Bias(_score_operand(d, at), sign))
+    d.steps.append(_bias(d, at, sign))
+
+
+def _bias(d: Draft, at: At, sign: Literal[1, -1]) -> Bias:
+    return Bias(_score_operand(d, at), sign, form_of(at, d.grid(), d.env))
 
 
 def _add_mask(d: Draft, mod: RawMask, env: Env) -> None:
@@ -199,7 +204,7 @@ def _add_mask(d: Draft, mod: RawMask, env: Env) -> None:
     elif same and (first.how == mod.how == "replace" or math.isinf(mod.value)):
         d.mask = RawMask(E.and_(first.keep, mod.keep), mod.value, mod.how, None)
     elif first.how == "add" and first.at is not None:
-        d.steps.append(Bias(_score_operand(d, first.at), first.sense))
+        d.steps.append(_bias(d, first.at, first.sense))
         d.mask = mod
     elif mod.how == "add" and mod.at is not None:
         _add_bias(d, mod.at, mod.sense)
