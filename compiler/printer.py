@@ -25,6 +25,7 @@ from attnc.ir import (
     Normalizer,
     Operand,
     Pointwise,
+    RoundedSoftmax,
     Scale,
     SignedSoftmax,
     Softcap,
@@ -121,6 +122,8 @@ def _norm(word: str) -> Normalizer:
         return Softmax()
     if word == "signed-softmax":
         return SignedSoftmax()
+    if word == "rounded-softmax":
+        return RoundedSoftmax()
     if word.startswith("elementwise("):
         expr = ",".join(_args(word, "elementwise"))
         parse_term(expr)

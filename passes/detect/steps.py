@@ -11,7 +11,19 @@ import torch
 from attnc import expr as E
 from attnc import masks as M
 from attnc.expr import Expr
-from attnc.ir import Bias, Fill, Gain, Miss, Normalizer, Pointwise, Scale, SignedSoftmax, Softcap, Softmax
+from attnc.ir import (
+    Bias,
+    Fill,
+    Gain,
+    Miss,
+    Normalizer,
+    Pointwise,
+    RoundedSoftmax,
+    Scale,
+    SignedSoftmax,
+    Softcap,
+    Softmax,
+)
 from attnc.passes.detect.arithmetic import rounded
 from attnc.passes.detect.draft import Draft, Refusal
 from attnc.passes.detect.env import Env, RawBias, RawGain, RawMask, RawPointwise
@@ -345,13 +357,22 @@ def _drop_magnitude(d: Draft) -> None:
         d.steps.append(scale)
 
 
-def refuse_huge_rows(d: Draft, mask: M.Mask, fill: Fill) -> None:
-    """Give up where all scores of a row may be huge: by a finite fill, or by a tensor of the user's."""
+def as_rounded(d: Draft, mask: M.Mask, fill: Fill, norm: Normalizer, dtype: torch.dtype) -> Normalizer:
+    """Return the normalizer of ``exp(s - logsumexp(s))``: a softmax, but where rows of huge scores may be.
+
+    A finite fill makes them, or a tensor of the user's.  What the log-sum-exp is rounded to is then part
+    of the meaning: the scores must have the ``dtype`` that the spec computes in.
+    """
     finite = math.isfinite(fill.value) and not isinstance(mask, M.Full)
     lengths = [E.as_int(size_of(r)) for r in (d.roles.query, d.roles.key)]
     emptied = finite and M.may_hide_a_whole_row(mask, *lengths)
-    if emptied or any(isinstance(step, Bias) and not _is_fixed(d, step.operand) for step in d.steps):
+    if not emptied and all(_is_fixed(d, x.operand) for x in d.steps if isinstance(x, Bias)):
+        return norm
+    t = tensor_of(d.skeleton.anchor.scores)
+    assert t is not None, "scores are a tensor"
+    if norm != Softmax() or t.dtype != dtype or d.shift:
         d.refuse("rounded-logsumexp", "exp(s - logsumexp(s)) of a row of huge scores is 1 for every key")
+    return RoundedSoftmax()
 
 
 def _is_fixed(d: Draft, operand: str) -> bool:
