@@ -52,13 +52,20 @@ def _connected(xs: Sequence[Expr], n: Expr) -> Expr | None:
 
 
 def _affine(xs: Sequence[Expr], n: Expr) -> Expr | None:
-    """Return ``x_0 + (n // g) * step``: every turn one step further, or every ``g`` turns (grouped heads)."""
-    first = xs[0]
-    group = next(i for i, x in enumerate(xs) if x != first)
-    step = E.sub(xs[group], first)
-    if any(E.sub(x, first) != E.mul(E.integer(i // group), step) for i, x in enumerate(xs)):
-        return None
-    return E.add(first, E.mul(E.floordiv(n, E.integer(group)), step))
+    """Return ``x_0 + n * step``, or a sum of such terms in the digits of ``n``.
+
+    Digits are the turns of loops in one another that are written as one, and heads that share their keys: of
+    ``for b .. for h`` the keys of head ``h // 2`` are at ``n // H`` and ``n % H // 2``.
+    """
+    first, turns = xs[0], len(xs)
+    for block in (b for b in range(1, turns) if turns % b == 0):
+        step = E.sub(xs[block], first)
+        if any(E.sub(x, xs[i % block]) != E.mul(E.integer(i // block), step) for i, x in enumerate(xs)):
+            continue
+        size = E.integer(block)
+        inner = lift(xs[:block], E.mod(n, size))
+        return None if inner is None else E.add(inner, E.mul(E.floordiv(n, size), step))
+    return None
 
 
 def lift_index(xs: Sequence[tuple[Expr, ...]], n: Expr) -> tuple[Expr, ...] | None:

@@ -104,6 +104,19 @@ def test_grouped_heads_keep_their_groups():
     assert "group=2" in spec
 
 
+def test_one_loop_over_batch_and_heads_is_one_site():
+    def f(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        pairs = [(b, h) for b in range(B) for h in range(4)]
+        out = [(q[b, h] @ k[b, h // 2].mT + bias[0, h]).softmax(-1) @ v[b, h // 2] for b, h in pairs]
+        return torch.stack(out).view(B, 4, SQ, DV)
+
+    args = (draw(B, 4, SQ, D), draw(B, 2, SK, D), draw(B, 2, SK, DV), draw(1, 4, SQ, SK))
+    (spec,) = rewritten(f, args, 1)
+    assert f"q=bhqd[{B},4,{SQ},{D}]" in spec
+    assert "group=2" in spec
+    assert f"c0=bhqk[1,4,{SQ},{SK}]" in spec
+
+
 def test_calls_of_a_fused_kernel_are_one_call():
     def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         call = torch.nn.functional.scaled_dot_product_attention
