@@ -120,12 +120,18 @@ def _places(m: Any, first: Any) -> dict[str, Any]:
 
 
 def lift_mask(masks: Sequence[RawMask], n: Expr, env: Env) -> RawMask | None:
-    """Return the mask that is ``masks[i]`` at ``n = i``; it forgets a tensor that is not one for all."""
+    """Return the mask that is ``masks[i]`` at ``n = i``; it forgets a tensor that is not one for all.
+
+    The tensor of the first stands for others that derive to the same, under the same conditions.
+    """
     keep = lift([m.keep for m in masks], n)
     if keep is None:
         return None
     places = [m.at for m in masks if m.at is not None]
     at = lift_place(places, n, env) if len(places) == len(masks) else None
-    if at is None and any(env.fitted_under(p.node) for p in places):
-        return None
-    return replace(masks[0], keep=keep, at=None if at is None else at.at)
+    if at is not None or not places:
+        return replace(masks[0], keep=keep, at=None if at is None else at.at)
+    conditions = {env.fitted_under(p.node) for p in places}
+    if len(conditions) == 1 and len(places) == len(masks) and all(m.keep == keep for m in masks):
+        return masks[0]
+    return None if any(conditions) else replace(masks[0], keep=keep, at=None)
