@@ -154,10 +154,10 @@ WEIGHTS = (
     ),
     Code(
         "rounded-logsumexp",
-        "Write softmax, or log_softmax and exp, or hide keys with -inf.",
+        "Write softmax, or log_softmax and exp, or hide keys with -inf; or compute scores in fp32.",
         "Weights are exp(s - logsumexp(s)). Where a query sees no key and hidden scores are a huge finite "
         "number, the log-sum-exp rounds to that number and every weight becomes 1, so the values are summed "
-        "and not averaged. No softmax does that.",
+        "and not averaged. No softmax does that, and in the precision of these scores it cannot be repeated.",
     ),
     Code(
         "terms-differ",

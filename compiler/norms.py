@@ -101,6 +101,41 @@ class SignedSoftmax:
 
 
 @dataclass(frozen=True, slots=True)
+class RoundedSoftmax:
+    """Weigh by ``exp(s - logsumexp(s))`` as it is computed, the log-sum-exp rounded to the scores' dtype.
+
+    It is the softmax but for rows of huge scores: where ``m + log(n)`` rounds to ``m``, as for n keys that a
+    large finite fill hides, every weight is 1 and not 1/n.
+    """
+
+    sink: ClassVar[None] = None
+    safe: ClassVar[bool] = False
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def apply(
+        self, scores: torch.Tensor, captured: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weights ``[B, H, Sq, Sk]`` and the log-sum-exp ``[B, H, Sq]``."""
+        lse = torch.logsumexp(scores, -1)
+        return torch.exp(scores - lse[..., None]), lse
+
+    def pull_back(
+        self, scores: torch.Tensor, grad: torch.Tensor, lse_grad: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the gradient of the scores from those of the weights and of the log-sum-exp."""
+        w, _ = self.apply(scores, {})
+        row = -(w * grad).sum(-1) if lse_grad is None else lse_grad - (w * grad).sum(-1)
+        return w * (grad + row[..., None])
+
+    def __str__(self) -> str:
+        return "rounded-softmax"
+
+
+@dataclass(frozen=True, slots=True)
 class Elementwise:
     """Weigh every value by a function of its own score; nothing is normalized.
 
@@ -141,6 +176,6 @@ class Elementwise:
         return f"elementwise({self.expr})"
 
 
-Normalizer = Softmax | SignedSoftmax | Elementwise
+Normalizer = Softmax | SignedSoftmax | RoundedSoftmax | Elementwise
 SOFTMAX = Softmax()
 """Plain softmax."""

@@ -25,6 +25,7 @@ from attnc.ir import (
     Normalizer,
     Operand,
     Pointwise,
+    RoundedSoftmax,
     Scale,
     SignedSoftmax,
     Softcap,
@@ -105,7 +106,8 @@ def _step(word: str) -> Step:
         return Scale(float(arg))
     if kind == "softcap":
         return Softcap(float(arg))
-    return Gain(arg) if kind == "gain" else Bias(arg.lstrip("-"), -1 if arg.startswith("-") else 1)
+    name, _, form = arg.lstrip("-").partition(":")
+    return Gain(arg) if kind == "gain" else Bias(name, -1 if arg.startswith("-") else 1, form)
 
 
 def _fill(word: str) -> Fill:
@@ -120,6 +122,8 @@ def _norm(word: str) -> Normalizer:
         return Softmax()
     if word == "signed-softmax":
         return SignedSoftmax()
+    if word == "rounded-softmax":
+        return RoundedSoftmax()
     if word.startswith("elementwise("):
         expr = ",".join(_args(word, "elementwise"))
         parse_term(expr)

@@ -73,11 +73,13 @@ class Softcap:
 class Bias:
     """Add ``sign`` times a captured tensor that broadcasts to ``[B, H, Sq, Sk]``.
 
-    An additive mask that has no closed form is one.
+    An additive mask that has no closed form is one. ``form`` says what the tensor is, such as ``alibi`` or
+    ``relative``, '' if that is not known; it changes nothing that is computed.
     """
 
     operand: str
     sign: Literal[1, -1] = 1
+    form: str = ""
 
     @property
     def operands(self) -> tuple[str, ...]:
@@ -89,7 +91,7 @@ class Bias:
         return scores + self.sign * captured[self.operand].to(scores.dtype)
 
     def __str__(self) -> str:
-        return f"bias({'-' if self.sign < 0 else ''}{self.operand})"
+        return f"bias({'-' if self.sign < 0 else ''}{self.operand}{':' if self.form else ''}{self.form})"
 
 
 @dataclass(frozen=True, slots=True)

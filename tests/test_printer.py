@@ -17,6 +17,7 @@ from attnc.ir import (
     Gain,
     Operand,
     Pointwise,
+    RoundedSoftmax,
     Scale,
     SignedSoftmax,
     Softcap,
@@ -76,6 +77,7 @@ specs = st.builds(
     st.one_of(
         st.builds(Softmax, sinks, st.booleans(), st.booleans()),
         st.just(SignedSoftmax()),
+        st.just(RoundedSoftmax()),
         expressions.map(lambda t: Elementwise(text(t))),
     ),
     st.lists(operands("c0", "bhqk"), max_size=2).map(tuple),

@@ -25,6 +25,7 @@ from attnc.ir import (
     Gain,
     Normalizer,
     Pointwise,
+    RoundedSoftmax,
     Scale,
     SignedSoftmax,
     Softcap,
@@ -129,6 +130,9 @@ def _weights(
         size = b.op("Where", hidden, b.const(-math.inf, work), b.op("Abs", s, dtype=work), dtype=work)
         w = b.op("Softmax", size, axis=-1, dtype=work)
         return b.op("Mul", b.op("Sign", s, dtype=work), w, dtype=work)
+    if isinstance(norm, RoundedSoftmax):
+        lse = b.op("Unsqueeze", _log_sum_exp(b, Softmax(), s, named, work), b.ints(-1), dtype=work)
+        return b.op("Exp", b.op("Sub", s, lse, dtype=work), dtype=work)
     if norm.sink is None:
         w = b.op("Softmax", s, axis=-1, dtype=work)
         return (

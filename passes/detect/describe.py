@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from attnc import expr as E
@@ -20,7 +21,7 @@ from attnc.passes.detect.layout import Recipe, digits, from_roles, size_of, to_r
 from attnc.passes.detect.region import region_of
 from attnc.passes.detect.roles import Atoms, Candidate, Roles, assign, choose
 from attnc.passes.detect.sites import Skeleton
-from attnc.passes.detect.steps import refuse_huge_rows, write_mask, write_norm, write_steps
+from attnc.passes.detect.steps import as_rounded, write_mask, write_norm, write_steps
 from attnc.sizes import show_dim
 
 
@@ -67,9 +68,10 @@ def _written(s: Skeleton, env: Env, chosen: dict[str, list[Candidate]], r: Roles
     write_steps(draft, env)
     mask, fill = write_mask(draft)
     norm = write_norm(draft, env)
-    if s.anchor.rounds:
-        refuse_huge_rows(draft, mask, fill)
     q, k, v, recipes = _operands(r, picked)
+    if s.anchor.rounds:
+        work = torch.float64 if q.dtype == torch.float64 else torch.float32
+        norm = as_rounded(draft, mask, fill, norm, work)
     result = from_roles(s.out, (r.batch, r.heads, r.query, r.value), shape(s.output), "")
     if result is None:
         why = "the result's axes are no product of batch, heads, queries and features"

@@ -52,13 +52,20 @@ def _connected(xs: Sequence[Expr], n: Expr) -> Expr | None:
 
 
 def _affine(xs: Sequence[Expr], n: Expr) -> Expr | None:
-    """Return ``x_0 + (n // g) * step``: every turn one step further, or every ``g`` turns (grouped heads)."""
-    first = xs[0]
-    group = next(i for i, x in enumerate(xs) if x != first)
-    step = E.sub(xs[group], first)
-    if any(E.sub(x, first) != E.mul(E.integer(i // group), step) for i, x in enumerate(xs)):
-        return None
-    return E.add(first, E.mul(E.floordiv(n, E.integer(group)), step))
+    """Return ``x_0 + n * step``, or a sum of such terms in the digits of ``n``.
+
+    Digits are the turns of loops in one another that are written as one, and heads that share their keys: of
+    ``for b .. for h`` the keys of head ``h // 2`` are at ``n // H`` and ``n % H // 2``.
+    """
+    first, turns = xs[0], len(xs)
+    for block in (b for b in range(1, turns) if turns % b == 0):
+        step = E.sub(xs[block], first)
+        if any(E.sub(x, xs[i % block]) != E.mul(E.integer(i // block), step) for i, x in enumerate(xs)):
+            continue
+        size = E.integer(block)
+        inner = lift(xs[:block], E.mod(n, size))
+        return None if inner is None else E.add(inner, E.mul(E.floordiv(n, size), step))
+    return None
 
 
 def lift_index(xs: Sequence[tuple[Expr, ...]], n: Expr) -> tuple[Expr, ...] | None:
@@ -113,12 +120,18 @@ def _places(m: Any, first: Any) -> dict[str, Any]:
 
 
 def lift_mask(masks: Sequence[RawMask], n: Expr, env: Env) -> RawMask | None:
-    """Return the mask that is ``masks[i]`` at ``n = i``; it forgets a tensor that is not one for all."""
+    """Return the mask that is ``masks[i]`` at ``n = i``; it forgets a tensor that is not one for all.
+
+    The tensor of the first stands for others that derive to the same, under the same conditions.
+    """
     keep = lift([m.keep for m in masks], n)
     if keep is None:
         return None
     places = [m.at for m in masks if m.at is not None]
     at = lift_place(places, n, env) if len(places) == len(masks) else None
-    if at is None and any(env.fitted_under(p.node) for p in places):
-        return None
-    return replace(masks[0], keep=keep, at=None if at is None else at.at)
+    if at is not None or not places:
+        return replace(masks[0], keep=keep, at=None if at is None else at.at)
+    conditions = {env.fitted_under(p.node) for p in places}
+    if len(conditions) == 1 and len(places) == len(masks) and all(m.keep == keep for m in masks):
+        return masks[0]
+    return None if any(conditions) else replace(masks[0], keep=keep, at=None)

@@ -84,7 +84,9 @@ def _joined(parts: list[Written]) -> Written:
         next((n for n in axis if n != 1), 1) for axis in zip(*(o.shape for o in biases), strict=True)
     )
     bias = Operand("c0", "bhqk", (*shape[:3], keys), biases[0].dtype)
-    spec = replace(spec, scores=(*_plain(first.spec), Bias("c0")), captured=(bias,))  # type: ignore[arg-type]
+    forms = {x.form for w in parts for x in w.spec.scores if isinstance(x, Bias)}
+    form = forms.pop() if len(forms) == 1 and len(biases) == len(parts) else ""
+    spec = replace(spec, scores=(*_plain(first.spec), Bias("c0", form=form)), captured=(bias,))  # type: ignore[arg-type]
     return replace(first, spec=spec, operands=operands, captured={"c0": Joined(tables, 3, k)})
 
 

@@ -11,7 +11,19 @@ import torch
 from attnc import expr as E
 from attnc import masks as M
 from attnc.expr import Expr
-from attnc.ir import Bias, Fill, Gain, Miss, Normalizer, Pointwise, Scale, SignedSoftmax, Softcap, Softmax
+from attnc.ir import (
+    Bias,
+    Fill,
+    Gain,
+    Miss,
+    Normalizer,
+    Pointwise,
+    RoundedSoftmax,
+    Scale,
+    SignedSoftmax,
+    Softcap,
+    Softmax,
+)
 from attnc.passes.detect.arithmetic import rounded
 from attnc.passes.detect.draft import Draft, Refusal
 from attnc.passes.detect.env import Env, RawBias, RawGain, RawMask, RawPointwise
@@ -21,6 +33,7 @@ from attnc.passes.detect.layout import Recipe, size_of, to_roles
 from attnc.passes.detect.masks.lift import Positions, lift
 from attnc.passes.detect.roles import Atoms, cuts, ordered, refine
 from attnc.passes.detect.scores.additive import HIDES
+from attnc.passes.detect.scores.bias_forms import form_of
 from attnc.passes.detect.views import At, stepped
 from attnc.pointwise import SCORE, Call, evaluate, rename, text
 
@@ -88,7 +101,7 @@ def _settles(d: Draft) -> bool:
     if mask.at is None:
         return False
     if mask.how == "add":
-        d.steps.append(Bias(_score_operand(d, mask.at), mask.sense))
+        d.steps.append(_bias(d, mask.at, mask.sense))
         return True
     arms = (SCORE, mask.value) if mask.sense > 0 else (mask.value, SCORE)
     d.steps.append(Pointwise(text(Call("where", (_score_operand(d, mask.at), *arms)))))
@@ -176,7 +189,11 @@ def _add_bias(d: Draft, at: At, sign: Literal[1, -1]) -> None:
         if d.mask.value > HUGE or any(isinstance(step, Bias) for step in d.steps):
             d.refuse("bias-after-mask", f"a tensor is added after hidden scores became {d.mask.value:g}")
         d.mask = replace(d.mask, how="add", at=None)
-    d.steps.append(Bias(_score_operand(d, at), sign))
+    d.steps.append(_bias(d, at, sign))
+
+
+def _bias(d: Draft, at: At, sign: Literal[1, -1]) -> Bias:
+    return Bias(_score_operand(d, at), sign, form_of(at, d.grid(), d.env))
 
 
 def _add_mask(d: Draft, mod: RawMask, env: Env) -> None:
@@ -199,7 +216,7 @@ def _add_mask(d: Draft, mod: RawMask, env: Env) -> None:
     elif same and (first.how == mod.how == "replace" or math.isinf(mod.value)):
         d.mask = RawMask(E.and_(first.keep, mod.keep), mod.value, mod.how, None)
     elif first.how == "add" and first.at is not None:
-        d.steps.append(Bias(_score_operand(d, first.at), first.sense))
+        d.steps.append(_bias(d, first.at, first.sense))
         d.mask = mod
     elif mod.how == "add" and mod.at is not None:
         _add_bias(d, mod.at, mod.sense)
@@ -340,13 +357,22 @@ def _drop_magnitude(d: Draft) -> None:
         d.steps.append(scale)
 
 
-def refuse_huge_rows(d: Draft, mask: M.Mask, fill: Fill) -> None:
-    """Give up where all scores of a row may be huge: by a finite fill, or by a tensor of the user's."""
+def as_rounded(d: Draft, mask: M.Mask, fill: Fill, norm: Normalizer, dtype: torch.dtype) -> Normalizer:
+    """Return the normalizer of ``exp(s - logsumexp(s))``: a softmax, but where rows of huge scores may be.
+
+    A finite fill makes them, or a tensor of the user's.  What the log-sum-exp is rounded to is then part
+    of the meaning: the scores must have the ``dtype`` that the spec computes in.
+    """
     finite = math.isfinite(fill.value) and not isinstance(mask, M.Full)
     lengths = [E.as_int(size_of(r)) for r in (d.roles.query, d.roles.key)]
     emptied = finite and M.may_hide_a_whole_row(mask, *lengths)
-    if emptied or any(isinstance(step, Bias) and not _is_fixed(d, step.operand) for step in d.steps):
+    if not emptied and all(_is_fixed(d, x.operand) for x in d.steps if isinstance(x, Bias)):
+        return norm
+    t = tensor_of(d.skeleton.anchor.scores)
+    assert t is not None, "scores are a tensor"
+    if norm != Softmax() or t.dtype != dtype or d.shift:
         d.refuse("rounded-logsumexp", "exp(s - logsumexp(s)) of a row of huge scores is 1 for every key")
+    return RoundedSoftmax()
 
 
 def _is_fixed(d: Draft, operand: str) -> bool:

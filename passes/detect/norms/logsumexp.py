@@ -2,8 +2,8 @@
 
 ``exp(s - logaddexp(logsumexp(s), z))`` is softmax with a sink of logit ``z``, as models write it whose fused
 kernel returns the log-sum-exp. Where all scores of a row are the least number of their type, as in a row that
-a finite fill hides whole, the log-sum-exp rounds to that number and every weight becomes 1: no softmax. Such
-sites are refused. Source: forms/dense_variants, sections 1.1 and 4.1.
+a finite fill hides whole, the log-sum-exp rounds to that number and every weight becomes 1: no softmax. Where
+that may be, the normalizer is a ``RoundedSoftmax``. Source: forms/dense_variants, sections 1.1 and 4.1.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from attnc.errors import RewriteError
-from attnc.ir import AttentionSpec, Contract, Elementwise, Fill, Miss, Softmax
+from attnc.ir import AttentionSpec, Contract, Elementwise, Fill, Miss, RoundedSoftmax, Softmax
 from attnc.masks import And, Band, Mask, Range, both, either
 
 
@@ -76,5 +76,6 @@ class SlidingWindow:
 
     def rewrite(self, spec: AttentionSpec) -> AttentionSpec:
         """Return the spec with the window; queries that see no key (padding) give zeros."""
-        norm = replace(spec.norm, safe=True) if isinstance(spec.norm, Softmax) else spec.norm
+        norm = Softmax() if isinstance(spec.norm, RoundedSoftmax) else spec.norm
+        norm = replace(norm, safe=True) if isinstance(norm, Softmax) else norm
         return replace(spec, mask=self.mask(spec), fill=Fill(-math.inf), norm=norm)

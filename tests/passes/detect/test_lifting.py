@@ -16,6 +16,8 @@ FAMILIES: dict[str, Callable[[int], Expr]] = {
     "step": lambda i: E.add(E.mul(E.integer(4 * i + 2), E.ONE), A),
     "symbolic step": lambda i: E.add(E.mul(E.integer(i), E.size("s")), K),
     "every other": lambda i: E.integer(i // 2),
+    "over again": lambda i: E.integer(i % 2),
+    "two digits": lambda i: E.integer(5 * (i // 2) + 3 * (i % 2)),
     "causal": lambda i: E.le0(E.sub(K, E.add(A, E.integer(4 * i)))),
     "load": lambda i: E.load("m", (E.integer(i), A), "bool"),
     "both": lambda i: E.and_(E.le0(E.sub(K, A)), E.load("m", (E.integer(i), A), "bool")),

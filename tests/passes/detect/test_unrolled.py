@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.rewriting import rounding, traced
+from tests.rewriting import exported, rounding, traced
 
 B, H, SQ, SK, D, DV = 2, 3, 8, 5, 4, 6
 
@@ -87,6 +87,30 @@ def test_parts_of_a_packed_projection_are_heads():
     assert f"q=bhqd[{B},{H},{SQ},{D}]" in spec
 
 
+class Rows(torch.nn.Module):
+    """Heads in turn, each with its own view of the mask in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("keep", torch.ones(2 * SQ, 2 * SQ).tril())
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        hide = [self.keep[:SQ, :SQ] == 0 for _ in range(H)]
+        scores = [(q[:, i] @ k[:, i].mT).masked_fill(hide[i], -torch.inf) for i in range(H)]
+        return torch.stack([scores[i].softmax(-1) @ v[:, i] for i in range(H)], 1)
+
+
+def test_every_turn_may_read_the_mask_anew():
+    args = tuple(draw(B, H, SQ, D) for _ in range(3))
+    t = exported(model := Rows(), args)
+    t.tensors = {**t.tensors, "b_keep": model.keep}
+    found, _ = t.detect()
+    assert [str(x.match.spec.mask) for x in found] == ["causal"]
+    assert len(found[0].match.conditions) == 1
+    t.rewrite(found)
+    torch.testing.assert_close(t.run(*args), model(*args), rtol=0, atol=rounding(args, D + SQ))
+
+
 def test_loops_in_loops_are_one_site():
     def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows = [[attend(q[b, h], k[b, h], v[b, h]) for h in range(H)] for b in range(B)]
@@ -102,6 +126,19 @@ def test_grouped_heads_keep_their_groups():
 
     (spec,) = rewritten(f, (draw(B, 4, SQ, D), draw(B, 2, SK, D), draw(B, 2, SK, DV)), 1)
     assert "group=2" in spec
+
+
+def test_one_loop_over_batch_and_heads_is_one_site():
+    def f(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        pairs = [(b, h) for b in range(B) for h in range(4)]
+        out = [(q[b, h] @ k[b, h // 2].mT + bias[0, h]).softmax(-1) @ v[b, h // 2] for b, h in pairs]
+        return torch.stack(out).view(B, 4, SQ, DV)
+
+    args = (draw(B, 4, SQ, D), draw(B, 2, SK, D), draw(B, 2, SK, DV), draw(1, 4, SQ, SK))
+    (spec,) = rewritten(f, args, 1)
+    assert f"q=bhqd[{B},4,{SQ},{D}]" in spec
+    assert "group=2" in spec
+    assert f"c0=bhqk[1,4,{SQ},{SK}]" in spec
 
 
 def test_calls_of_a_fused_kernel_are_one_call():

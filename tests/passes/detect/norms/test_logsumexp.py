@@ -93,26 +93,57 @@ def test_a_logit_of_a_query_is_refused():
     assert [m.code for m, _ in missed] == ["sink-layout"]
 
 
-@pytest.mark.parametrize(
-    ("norm", "code"),
-    [
-        (lambda w: (w - w.logsumexp(-1, keepdim=True)).exp(), "rounded-logsumexp"),
-        (lambda w: (e := w.exp()) / e.sum(-1, keepdim=True), "empty-rows-differ"),
-    ],
-)
-@pytest.mark.parametrize(
-    ("fill", "whole", "refused"),
-    [(-1e9, True, True), (-torch.inf, True, False), (-1e9, False, False)],
-)
-def test_a_row_of_finite_fills_alone_is_no_softmax_of_them(norm, code, fill, whole, refused):
-    """``exp(m - logsumexp(m, .., m))`` is 1 and no share where ``m + log(n)`` rounds to ``m``."""
+def by_logsumexp(w: Tensor) -> Tensor:
+    return (w - w.logsumexp(-1, keepdim=True)).exp()
 
+
+def by_sum(w: Tensor) -> Tensor:
+    return (e := w.exp()) / e.sum(-1, keepdim=True)
+
+
+def masked(norm, fill: float, whole: bool):
     def attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
         causal = torch.ones(5, 5, dtype=torch.bool).tril()
         hide = ~valid[:, None, None] if whole else ~causal
         return norm((q @ k.mT).masked_fill(hide, fill)) @ v
 
-    args = (*(torch.randn(2, 3, 5, 4) for _ in range(3)), torch.rand(2, 5) < 0.5)
-    sites, missed = traced(attention, args).detect()
-    assert [m.code for m, _ in missed] == ([code] if refused else [])
+    return attention
+
+
+def arguments(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The second batch entry sees no key at all."""
+    valid = torch.tensor([[True, True, False, True, False], [False] * 5])
+    return (*(torch.randn(2, 3, 5, 4).to(dtype) for _ in range(3)), valid)
+
+
+@pytest.mark.parametrize(
+    ("fill", "whole", "refused"),
+    [(-1e9, True, True), (-torch.inf, True, False), (-1e9, False, False)],
+)
+def test_bare_exponentials_of_finite_fills_alone_are_no_softmax(fill, whole, refused):
+    sites, missed = traced(masked(by_sum, fill, whole), arguments(torch.float32)).detect()
+    assert [m.code for m, _ in missed] == (["empty-rows-differ"] if refused else [])
     assert len(sites) == (not refused)
+
+
+@pytest.mark.parametrize(
+    ("fill", "whole", "norm"),
+    [(-1e9, True, "rounded-softmax"), (-torch.inf, True, "softmax"), (-1e9, False, "softmax")],
+)
+def test_a_row_of_finite_fills_alone_weighs_by_what_the_log_sum_is_rounded_to(fill, whole, norm):
+    """``exp(m - logsumexp(m, .., m))`` is 1 and no share where ``m + log(n)`` rounds to ``m``."""
+    f, args = masked(by_logsumexp, fill, whole), arguments(torch.float32)
+    expected, t = f(*args), traced(f, args)
+    assert str(only_spec(t).norm) == norm
+    t.rewrite(t.detect()[0])
+    kept = slice(0, 1) if fill == -torch.inf else slice(None)  # a row of -inf alone is NaN
+    # Weights of 1 sum five values; fp32 rounds scores of four products, and each of the sums.
+    torch.testing.assert_close(t.run(*args)[kept], expected[kept], rtol=1e-5, atol=1e-5)
+    if norm == "rounded-softmax":
+        torch.testing.assert_close(expected[1], args[2][1].sum(-2, keepdim=True).expand(3, 5, 4))
+
+
+def test_what_half_precision_rounds_is_not_repeated():
+    sites, missed = traced(masked(by_logsumexp, -1e4, True), arguments(torch.bfloat16)).detect()
+    assert not sites
+    assert [m.code for m, _ in missed] == ["rounded-logsumexp"]
