@@ -105,7 +105,8 @@ def _with_loops(work: fx.Graph, env: Env, items: list[_Item]) -> list[_Item]:
     out = list(items)
     for merged, parts in loops(work, [i for _, i, _ in items if isinstance(i, Skeleton)], env):
         turns = [x for x in out if any(x[1] is p for p in parts)]
-        if len(turns) == len(parts) and isinstance(_described(copy_of(merged), env, ""), Found):
+        found = _described(copy_of(merged), env, "") if len(turns) == len(parts) else None
+        if isinstance(found, Found) and not found.match.escapes:  # what one turn shows keeps no other back
             out = [x for x in out if x not in turns] + [(turns[0][0], merged, turns[0][2])]
     return out
 

@@ -126,11 +126,12 @@ def _result(node: fx.Node, index: Index, n: Expr) -> Index:
     return (*index[:d], E.add(E.mul(n, shape(part)[d]), index[d]), *index[d + 1 :])  # type: ignore[arg-type]
 
 
-def _placed(s: Skeleton, n: Expr) -> Skeleton:
+def _placed(s: Skeleton, n: Expr) -> Skeleton | None:
     """Return the skeleton with ``n`` among the axes of its weights: as rows of one that is there, or its own.
 
     Rows ``n * 8 + a`` of the queries, where the two occur in no other way, are the rows of all turns, one
-    behind the other.
+    behind the other.  None where the queries are so and something else is not, such as a mask that starts
+    anew in every chunk.
     """
     summed = {*ordered(s.key), *s.features}
     turn = E.indices(n)[0]
@@ -142,6 +143,8 @@ def _placed(s: Skeleton, n: Expr) -> Skeleton:
         if not _occurs(joined, turn):
             joined.weights = tuple(E.substitute(x, {a: whole}) for x in s.weights)
             return joined
+        if _reads(s.q, turn) and not _reads(joined.q, turn):
+            return None
     place = _place(s, turn)
     s.weights = (*s.weights[:place], n, *s.weights[place:])
     s.anchor = replace(s.anchor, dim=s.anchor.dim + (place <= s.anchor.dim))
@@ -158,6 +161,10 @@ def _occurs(s: Skeleton, turn: Expr) -> bool:
         exprs += [m.keep] if hasattr(m, "keep") else []
     exprs += [s.zeroed.keep] if s.zeroed is not None else []
     return any(turn in E.indices(x) for x in exprs)
+
+
+def _reads(at: At, turn: Expr) -> bool:
+    return any(turn in E.indices(x) for x in at.index)
 
 
 def _place(s: Skeleton, turn: Expr) -> int:

@@ -261,6 +261,15 @@ def test_turns_that_differ_stay_sites_of_their_own(f):
     rewritten(f, four_axes(), H)
 
 
+def test_scores_of_one_turn_that_are_read_keep_back_that_turn_only():
+    def f(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        scores = [q[:, i] @ k[:, i].mT for i in range(H)]
+        return torch.stack([scores[i].softmax(-1) @ v[:, i] for i in range(H)], 1), scores[1]
+
+    found, _ = traced(f, four_axes()).detect()
+    assert [bool(x.match.escapes) for x in found] == [False, True, False]
+
+
 def test_a_gap_between_heads_keeps_them_apart():
     def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.stack([attend(q[:, i], k[:, i], v[:, i]) for i in (0, 2)], 1)
