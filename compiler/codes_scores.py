@@ -53,12 +53,6 @@ STEPS = (
         "A tanh on the scores is multiplied by zero, which is no soft cap (arXiv:2408.00118, section 2).",
     ),
     Code(
-        "gain",
-        "Multiply the scores by the tensor before they are masked.",
-        "A tensor multiplies scores that are already masked by a formula, where it would "
-        "change what stands at hidden positions.",
-    ),
-    Code(
         "shift-not-finite",
         "Add a finite constant, or a mask.",
         "An infinite constant or NaN is added to all scores.",
@@ -67,33 +61,9 @@ STEPS = (
 
 MASKS = (
     Code(
-        "mask-inside-softcap",
-        "Apply the mask after the soft cap.",
-        "The mask is applied before the soft cap, which brings hidden scores back to -cap. They keep some "
-        "weight, so the mask hides nothing.",
-    ),
-    Code(
-        "mask-inside-pointwise",
-        "Apply the mask after the elementwise steps, or mask with -inf where they keep it.",
-        "Masked scores go through an elementwise step that does not keep hidden scores hidden, and no "
-        "tensor of the graph holds the mask by itself.",
-    ),
-    Code(
-        "mask-times-negative",
-        "Scale by a positive number after masking, or scale before it.",
-        "Masked scores are multiplied by a negative number, which turns hidden positions into the largest "
-        "scores.",
-    ),
-    Code(
         "mask-not-readable",
         "Scale before the mask is added.",
         "An additive mask was scaled after it was added, and no tensor of the graph holds the scaled mask.",
-    ),
-    Code(
-        "bias-after-mask",
-        "Add the bias before the mask, or mask with -inf.",
-        "A tensor is added after hidden scores became a finite number. The sum decides what a fully masked "
-        "row gets, and only the model's own order gives that.",
     ),
     Code(
         "empty-rows-differ",
@@ -107,12 +77,6 @@ MASKS = (
         "Zero the rows that see no key with torch.where, or leave nan_to_num out.",
         "The weights go through nan_to_num, which zeroes rows that see no key. A step on the scores may make "
         "NaN itself, of an infinite bias times zero for one, and those rows a fused kernel would not zero.",
-    ),
-    Code(
-        "two-masks",
-        "Join the two conditions with & and mask once.",
-        "Two masks with different fills are applied one after the other. Positions hidden by both hold a "
-        "value that neither mask alone gives, which matters to fully masked rows.",
     ),
 )
 

@@ -400,7 +400,8 @@ def _verify(
 ) -> list[tuple[Job, checks.Check]]:
     """Check each rewritten site against the original region; return those of contract SAME that fail."""
     with _timed(stages, "verify", options) as note:
-        sites = [_site_to_check(j, captured) for j in live]
+        outputs = {_old_output(j, captured): j.new_output for j in live}
+        sites = [_site_to_check(j, captured, outputs) for j in live]
         results = checks.check_sites(
             original,
             target,
@@ -419,7 +420,13 @@ def _verify(
     return failed
 
 
-def _site_to_check(job: Job, captured: Captured) -> checks.SiteToCheck:
+def _old_output(job: Job, captured: Captured) -> str:
+    """Return the node of the captured graph that the site computes."""
+    return (captured.moments or captured.links)[job.found.match.output]
+
+
+def _site_to_check(job: Job, captured: Captured, outputs: Mapping[str, str]) -> checks.SiteToCheck:
+    """Say what to check of a site; ``outputs`` maps what live sites compute to the nodes that now do."""
     found, links = job.found, captured.links
     sources = {name: [links[n] for n in r.reads] for name, r in found.operands.items()}
     captured_by = (found.captured, *(t.captured for t in found.terms))
@@ -428,12 +435,13 @@ def _site_to_check(job: Job, captured: Captured) -> checks.SiteToCheck:
     bounded = job.plan is not None and job.plan.contract == "BOUNDED"
     return checks.SiteToCheck(
         job.found.match.site.id,
-        (captured.moments or links)[found.match.output],
+        _old_output(job, captured),
         job.new_output,
         boundary,
         masks,
         tuple(sources["q"]),
         bounded,
+        {n: outputs[n] for n in boundary if n in outputs},
     )
 
 

@@ -121,16 +121,24 @@ class Region:
     """
 
     def __init__(
-        self, graph: fx.Graph, output: str, boundary: Sequence[str], flow: Dataflow | None = None
+        self,
+        graph: fx.Graph,
+        output: str,
+        boundary: Sequence[str],
+        flow: Dataflow | None = None,
+        called: Mapping[str, str] | None = None,
     ) -> None:
         """Cut the region out of ``graph``; ``flow`` is the graph's dataflow, if the caller has it.
+
+        ``called`` says which node of this graph a name in ``boundary`` stands for, where it is another's.
 
         Raises:
             ValueError: a name is no node of the graph, or the output does not depend on the boundary.
         """
         flow = flow or Dataflow(graph)
         self.graph, self.output = graph, output
-        stops = {flow.node(n) for n in boundary}
+        stands = {n: flow.node((called or {}).get(n, n)) for n in boundary}
+        stops = set(stands.values())
         seen = flow.behind([flow.node(output)], stops)
         inside: set[fx.Node] = set()
         for node in seen:
@@ -142,10 +150,10 @@ class Region:
             raise ValueError(f"expected {output} to be computed from {list(boundary)}, found that it is not")
         self.nodes = tuple(n for n in seen if n in inside)
         read = {d for n in self.nodes for d in flow.reads(n)}
-        self.inputs = tuple(n for n in dict.fromkeys(boundary) if flow.nodes[n] in read)
+        self.inputs = tuple(n for n in stands if stands[n] in read)
         outside = sorted(read - inside - stops, key=flow.order.__getitem__)
         self.needs = tuple(n.name for n in outside if n.op != "get_attr")
-        self._given = [*map(flow.node, (*self.inputs, *self.needs))]
+        self._given = {stands[n]: n for n in self.inputs} | {flow.node(n): n for n in self.needs}
         self._attributes = [n for n in outside if n.op == "get_attr"]
         written = {flow.memory[x] for n in self.nodes for x in writes(n)}
         self._copied = {n for n in [*self._given, *self._attributes] if flow.memory.get(n) in written}
@@ -168,13 +176,13 @@ class Region:
         """
         if dtype not in (None, torch.float64):
             raise ValueError(f"a region runs as it is or in torch.float64, found dtype={dtype}")
-        missing = [n.name for n in self._given if n.name not in values]
+        missing = [name for name in self._given.values() if name not in values]
         if missing:
             raise ValueError(f"region of {self.output}: expected values of {missing}, found {sorted(values)}")
         exact = dtype is not None
         env: dict[fx.Node, Any] = {}
         for node in (*self._given, *self._attributes):
-            value = values[node.name] if node.op != "get_attr" else attribute(node)
+            value = values[self._given[node]] if node in self._given else attribute(node)
             env[node] = _copied(value, exact) if node in self._copied else _widened(value, exact)
         loud = self._rounded(rounding) if rounding is not None else set()
         with autocast(None if exact else self._autocast):
@@ -187,7 +195,7 @@ class Region:
 
     def _rounded(self, rounding: Rounding) -> set[fx.Node]:
         """Return the nodes whose results would be rounded: they compute with inputs that are not exact."""
-        moving = {n for n in self._given if n.name in self.inputs and n.name not in rounding.exact}
+        moving = {n for n, name in self._given.items() if name in self.inputs and name not in rounding.exact}
         for node in self.nodes:
             if any(d in moving for d in node.all_input_nodes):
                 moving.add(node)
@@ -195,7 +203,7 @@ class Region:
 
     def key(self, names: Mapping[str, str]) -> str:
         """Return a text, equal for regions that compute the same function; ``names`` renames the inputs."""
-        known = {n: names.get(n.name, n.name) for n in self._given}
+        known = {n: names.get(name, name) for n, name in self._given.items()}
         known |= {n: f"attribute {n.target}" for n in self._attributes}
         lines = [str(self._autocast)]
         for i, node in enumerate(self.nodes):

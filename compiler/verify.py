@@ -63,6 +63,7 @@ class SiteToCheck:
         boundary: nodes of both graphs from which both compute it: sources of q, k, v, biases and masks.
         mask_leaves: those of ``boundary`` that masks are made from: bool, int, or additive floats.
         query: those of ``boundary`` that q is made from.
+        stands: names in the rewritten graph of those of ``boundary`` that other sites compute there.
         bounded: the site need only be close: its error on the recorded values is measured, not judged.
     """
 
@@ -73,6 +74,7 @@ class SiteToCheck:
     mask_leaves: tuple[str, ...]
     query: tuple[str, ...]
     bounded: bool = False
+    stands: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,13 @@ def check_sites(
     regions = [
         (
             Region(original, s.old_output, s.boundary, old),
-            Region(rewritten, s.new_output, [b for b in s.boundary if _same(b, old, new)], new),
+            Region(
+                rewritten,
+                s.new_output,
+                [b for b in s.boundary if b in s.stands or _same(b, old, new)],
+                new,
+                s.stands,
+            ),
         )
         for s in sites
     ]
@@ -164,6 +172,7 @@ def _site_values(
     values = record_values(old, placeholders, needed, boundary - masks, seed)
     # Other nodes of the two graphs may have one name and differ: lowering takes up names that it has freed.
     shared = {**(placeholders or {}), **{n: values[n] for n in boundary if _same(n, old, new)}}
+    shared |= {name: values[n] for s in sites for n, name in s.stands.items() if n in values}
     later = record_values(new, shared, {n for _, after in regions for n in after.needs}, (), seed)
     return _usable(values), _usable(later)
 

@@ -225,15 +225,15 @@ def test_bad_input_is_one_line_and_writes_nothing(api, bert, capsys, tmp_path):
 
 
 def test_explain_prints_one_paragraph_or_lists_all_codes(capsys):
-    assert cli.main(["explain", "two-masks"]) == 0
+    assert cli.main(["explain", "mask-not-readable"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("two-masks\n\n")
-    assert "What to do: Join" in text
+    assert text.startswith("mask-not-readable\n\n")
+    assert "What to do: Scale" in text
     assert cli.main(["explain", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["codes"]
     assert {"code", "advice", "paragraph"} == set(rows[0])
-    assert cli.main(["explain", "two-mask"]) == 1
-    assert "did you mean two-masks" in capsys.readouterr().err
+    assert cli.main(["explain", "mask-not-readabl"]) == 1
+    assert "did you mean mask-not-readable" in capsys.readouterr().err
 
 
 def test_a_report_tells_equal_reasons_once_with_place_and_advice(capsys):

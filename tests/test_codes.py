@@ -125,7 +125,7 @@ def test_row_is_one_sentence_and_a_paragraph(code):
 def test_unknown_codes_are_told_apart_from_none():
     assert advice("") == ""
     assert advice("of-a-later-version") == UNKNOWN
-    with pytest.raises(ReportError, match="did you mean two-masks"):
-        named("two-mask")
+    with pytest.raises(ReportError, match="did you mean mask-not-readable"):
+        named("mask-not-readabl")
     with pytest.raises(ReportError, match="attnc explain lists all"):
         named("qqqq")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
 
@@ -16,6 +17,7 @@ from attnc import parse_forms, polynomial
 from attnc import verify as checks
 from attnc.capture import capture_export
 from attnc.capture_types import Captured
+from attnc.passes.rewrite.apply import Rewriter
 from attnc.pipeline import Options, run
 
 WIDTH, HEADS = 16, 2
@@ -105,3 +107,34 @@ def test_of_equal_layers_one_is_checked_in_all_variants(monkeypatch):
     monkeypatch.setattr(checks._Job, "run", noted)
     rewrite(12, verify=True, gradients=True)
     assert known == [False, *[True] * 11]
+
+
+class Twice(nn.Module):
+    """An attention whose queries, or values, are another's output."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__()
+        self.role = role
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = (q @ k.mT * 0.5).softmax(-1) @ v
+        q, v = (out, v) if self.role == "q" else (q, out)
+        return (q @ k.mT * 0.25).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.parametrize("role", ["q", "v"])
+def test_a_site_that_reads_the_output_of_another_is_checked_on_it(role, wrong, monkeypatch):
+    g = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, 3, 6, 8, generator=g) for _ in range(3))
+    program = capture_export(Twice(role), (q, k, v), dynamic_shapes=None)
+    apply = Rewriter.apply
+
+    def without_scale(self, found, spec, stamp):
+        late = wrong and spec.scale == 0.25
+        return apply(self, found, replace(spec, scores=()) if late else spec, stamp)
+
+    monkeypatch.setattr(Rewriter, "apply", without_scale)
+    outcome = run(program, Options(parse_forms("fused"), cost_model=False))
+    assert [r.status for r in outcome.records] == ["rewritten", "kept" if wrong else "rewritten"]
+    assert outcome.records[1].code == ("failed-verification" if wrong else "")

@@ -1,6 +1,6 @@
 """Contractions as one thing, an einsum with labels.
 
-Matmul, bmm, baddbmm, addmm, mm, einsum, linear, tensordot, and a product that is summed.
+Matmul, bmm, baddbmm, addmm, mm, einsum, linear, inner, tensordot, and a product that is summed.
 ``contraction(node)`` names every axis of both operands and of the result; an axis that is in both operands
 and not in the result is summed. Batched and broadcast matmuls, any letters and any layout come out the same.
 """
@@ -24,7 +24,7 @@ from attnc.passes.detect.graph import (
     tensor_of,
     users,
 )
-from attnc.passes.detect.views import At, Index
+from attnc.passes.detect.views import At, Index, inserted_axes
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +142,17 @@ def _linear(node: fx.Node) -> Contraction | None:
     return Contraction(node, a, b, rows + "z", "nz", rows + "n")
 
 
+def _inner(node: fx.Node) -> Contraction | None:
+    a, b = node.args[:2]
+    if not _are_tensors(a, b) or not shape(a) or not shape(b):  # type: ignore[arg-type]
+        return None
+    assert isinstance(a, fx.Node)
+    assert isinstance(b, fx.Node)
+    rows = _letters(len(shape(a)) - 1, "z")
+    columns = _letters(len(shape(b)) - 1, rows + "z")
+    return Contraction(node, a, b, rows + "z", columns + "z", rows + columns)
+
+
 def _tensordot(node: fx.Node) -> Contraction | None:
     a, b = node.args[:2]
     ours, theirs = argument(node, 2, "dims_self"), argument(node, 3, "dims_other")
@@ -159,8 +170,35 @@ def _tensordot(node: fx.Node) -> Contraction | None:
     return Contraction(node, a, b, left, "".join(right), out)
 
 
+@dataclass(frozen=True, slots=True)
+class _Axes:
+    """The labels of an operand's axes: those longer than 1, and those of length 1 by who made them."""
+
+    long: frozenset[str]
+    own: frozenset[str]
+    inserted: frozenset[str]
+
+    @classmethod
+    def of(cls, node: fx.Node, labels: str) -> _Axes:
+        """Sort the axes of ``node``."""
+        made = {labels[d] for d in inserted_axes(node)}
+        long = {c for c, n in zip(labels, shape(node), strict=True) if n != ONE}
+        return cls(frozenset(long), frozenset(labels) - long - made, frozenset(made - long))
+
+    def beside(self, other: _Axes) -> frozenset[str]:
+        """Return the axes that this operand has and the other has not."""
+        return (self.long - other.long) | (self.own & other.inserted)
+
+    def common(self, other: _Axes) -> frozenset[str]:
+        """Return the axes that both operands have."""
+        return (self.long & other.long) | (self.own & other.own)
+
+
 def _summed_product(node: fx.Node) -> Contraction | None:
-    """Read ``(a * b).sum(dims)``, where each operand is constant along an axis that the other has."""
+    """Read ``(a * b).sum(dims)``, where each operand is constant along an axis that the other has.
+
+    An axis of length 1 is one that an operand lacks if an ``unsqueeze`` made it, and its own otherwise.
+    """
     product, dims = node.args[0], argument(node, 1, "dim")
     if op_name(node) != "sum.dim_IntList" or not dims or not isinstance(product, fx.Node):
         return None
@@ -173,11 +211,8 @@ def _summed_product(node: fx.Node) -> Contraction | None:
     labels = _letters(len(shape(product)))
     left, right = labels[len(labels) - len(shape(a)) :], labels[len(labels) - len(shape(b)) :]
     over = {labels[d] for d in normal_dims(dims, len(labels))}
-    long = [
-        {c for c, n in zip(side, shape(x), strict=True) if n != ONE} for side, x in ((left, a), (right, b))
-    ]
-    outer = (long[0] - long[1]) - over and (long[1] - long[0]) - over
-    if not outer or not over <= (long[0] & long[1]):
+    ours, theirs = _Axes.of(a, left), _Axes.of(b, right)
+    if not ours.beside(theirs) - over or not theirs.beside(ours) - over or not over <= ours.common(theirs):
         return None
     kept = iter(_letters(len(over), labels))
     keeps_dims = bool(argument(node, 2, "keepdim", False))
@@ -228,6 +263,7 @@ _RULES: dict[str, Callable[[fx.Node], Contraction | None]] = {
     **dict.fromkeys(("matmul", "bmm", "mm", "linalg_matmul"), _product),
     **dict.fromkeys(("baddbmm", "addmm"), _added),
     "linear": _linear,
+    "inner": _inner,
     "tensordot": _tensordot,
     "einsum": _einsum,
     "sum": _summed_product,

@@ -12,7 +12,7 @@ from torch import fx
 from attnc import expr as E
 from attnc import masks as M
 from attnc.expr import Expr
-from attnc.ir import AttentionSpec, Bias, Match, Miss, Operand, Scale, Site, Softcap
+from attnc.ir import AttentionSpec, Bias, Match, Miss, Operand, Pointwise, Scale, Site, Softcap, Step
 from attnc.passes.detect.draft import Draft, Refusal
 from attnc.passes.detect.env import Env
 from attnc.passes.detect.found import Found, Making
@@ -22,6 +22,7 @@ from attnc.passes.detect.region import region_of
 from attnc.passes.detect.roles import Atoms, Candidate, Roles, assign, choose
 from attnc.passes.detect.sites import Skeleton
 from attnc.passes.detect.steps import as_rounded, write_mask, write_norm, write_steps
+from attnc.pointwise import Call, parse_term
 from attnc.sizes import show_dim
 
 
@@ -101,11 +102,47 @@ def _check_empty_rows(s: Skeleton, spec: AttentionSpec) -> None:
 
 def _check_nan_made_zero(s: Skeleton, spec: AttentionSpec) -> None:
     """Refuse ``nan_to_num`` of weights whose scores may be NaN by a step, and not by a row all -inf alone."""
-    nodes = [s.anchor.weights, *s.anchor.inner]
-    made = [x for x in spec.scores if not isinstance(x, Bias | Scale | Softcap)]
-    if made and any(base_name(n) == "nan_to_num" for n in nodes):
-        why = f"nan_to_num also makes zero what {made[0]} makes NaN of infinite or negative scores"
-        raise Refusal(Miss("nan-made-zero", s.anchor.weights.name, why))
+    if all(base_name(n) != "nan_to_num" for n in (s.anchor.weights, *s.anchor.inner)):
+        return
+    hidden = False
+    for step in spec.scores:
+        if not _makes_no_nan(step, hidden):
+            why = f"nan_to_num also makes zero what {step} makes NaN of infinite or negative scores"
+            raise Refusal(Miss("nan-made-zero", s.anchor.weights.name, why))
+        hidden = hidden or isinstance(step, Bias) or (isinstance(step, Pointwise) and "-inf" in step.expr)
+
+
+def _makes_no_nan(step: Step, hidden: bool) -> bool:
+    """Say whether finite scores stay finite or become -inf; ``hidden`` says that some may be -inf already."""
+    match step:
+        case Bias() | Softcap():
+            return True
+        case Scale(factor):
+            return factor > 0 or not hidden
+        case Pointwise(expr):
+            return _is_total(parse_term(expr), hidden)
+    return not hidden
+
+
+_BOUNDED = frozenset({"tanh", "sigmoid", "relu", "maximum", "minimum", "atan", "erf", "elu"})
+"""Functions that are finite at every finite number, and finite or -inf at -inf."""
+
+
+def _is_total(term: Call | str | float, hidden: bool) -> bool:
+    match term:
+        case float():
+            return math.isfinite(term) or term == -math.inf
+        case str():
+            return True
+        case Call("where", (_, x, y)):
+            return _is_total(x, hidden) and _is_total(y, hidden)
+        case Call("add", (x, y)):
+            return _is_total(x, hidden) and _is_total(y, hidden)
+        case Call("mul", (x, float(y))) if math.isfinite(y):
+            return _is_total(x, hidden) and (y > 0 or not hidden)
+        case Call(op, args) if op in _BOUNDED:
+            return all(_is_total(a, hidden) for a in args)
+    return False
 
 
 def finish(

@@ -188,7 +188,7 @@ class Env:
         c = contraction(node)
         if c is None or not c.summed or self.is_weight(c.lhs) or self.is_weight(c.rhs):
             return None
-        return None if self.pure(c.lhs) and self.pure(c.rhs) else c
+        return c
 
     def carries(self, node: fx.Node) -> bool:
         """Say whether the node's value comes from a scores contraction.

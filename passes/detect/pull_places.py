@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 _Rule = Callable[["Puller", fx.Node, Index], Expr | None]
 
+STACKED = 8
+"""How long an axis may be that is read element by element."""
+
 # ---------------------------------------------------------------- parts put together
 
 
@@ -63,6 +66,20 @@ def _stack(p: Puller, node: fx.Node, index: Index) -> Expr | None:
     for i in reversed(range(len(tensors) - 1)):
         out = either(E.le0(E.sub(index[d], E.integer(i))), p.at(tensors[i], rest), out)
     return out
+
+
+def _every(p: Puller, node: fx.Node, index: Index) -> Expr | None:
+    """Read ``all`` and ``any`` over one short axis, such as that of masks that were stacked."""
+    src, d = node.args[0], argument(node, 1, "dim")
+    if not isinstance(src, fx.Node) or not isinstance(d, int) or not shape(src):
+        return None
+    d %= len(shape(src))
+    n = E.as_int(shape(src)[d])
+    if n is None or n > STACKED:
+        return None
+    rest = index[d + 1 :] if argument(node, 2, "keepdim", False) else index[d:]
+    each = [to_bool(p.at(src, (*index[:d], E.integer(i), *rest))) for i in range(n)]
+    return E.and_(*each) if base_name(node) == "all" else E.or_(*each)
 
 
 def _slice_scatter(p: Puller, node: fx.Node, index: Index) -> Expr | None:
@@ -275,6 +292,8 @@ def _diff(p: Puller, node: fx.Node, index: Index) -> Expr | None:
 PLACES: dict[str, _Rule] = {
     "cat": _cat,
     "stack": _stack,
+    "all": _every,
+    "any": _every,
     "constant_pad_nd": _pad,
     "pad": _pad,
     "slice_scatter": _slice_scatter,

@@ -114,9 +114,18 @@ def _neg(p: Puller, node: fx.Node, index: Index) -> Expr | None:
 
 
 def _of_constant(f: Callable[[float], float]) -> _Rule:
-    def rule(p: Puller, node: fx.Node, index: Index) -> Expr | None:
-        n = E.as_number(p.operand(node.args[0], index))
+    """Apply a function to a number, or to each of the numbers that a condition chooses from."""
+
+    def applied(x: Expr) -> Expr | None:
+        if x.op == "where":
+            a, b = (applied(arm) for arm in x.args[1:])
+            return None if a is None or b is None else E.where(x.args[0], a, b)
+        n = E.as_number(x)
         return None if n is None else E.real(f(n))
+
+    def rule(p: Puller, node: fx.Node, index: Index) -> Expr | None:
+        x = p.operand(node.args[0], index)
+        return applied(E.where(x, ONE, ZERO) if E.is_bool(x) else x)
 
     return rule
 

@@ -223,6 +223,9 @@ def assign(
         )
     # What shares an axis of the scores with heads of the keys is a group of heads, even for a single query.
     grouped = {a for axis in axes if set(axis) & set(shared) for a in axis if a in alone}
+    sunk = set(_atoms(s.sink.index)) if s.sink is not None else set()
+    if sunk != set(anchor):  # one per head: what it varies along is no query
+        grouped |= sunk & set(alone)
     query = _query(s, [a for a in alone if a not in grouped], key)
     group = tuple(a for a in alone if a not in query)
     one_batch = (len(axes) > 2 and not axes[0]) or s.sink is not None

@@ -23,13 +23,15 @@ from attnc.passes.detect.env import Env, RawMask, RawMod, step_into
 from attnc.passes.detect.graph import (
     argument,
     base_name,
+    is_float_cast,
     op_name,
     shape,
+    tensor_of,
     users,
 )
 from attnc.passes.detect.layout import digits
 from attnc.passes.detect.norms import NORM_FINDERS
-from attnc.passes.detect.norms.anchor import Anchor, divisor_of
+from attnc.passes.detect.norms.anchor import Anchor, anywhere, divisor_of
 from attnc.passes.detect.reasons import mixed_by_layers, why_no_scores
 from attnc.passes.detect.scores import SCORE_PEELERS, views
 from attnc.passes.detect.scores.additive import additive
@@ -180,7 +182,8 @@ def _with_scores(anchor: Anchor, env: Env, s: Solved) -> Skeleton | Miss:
             at.node.name,
             "both or neither operand of the scores contraction vary along the keys",
         )
-    k = sides[0] if on_key else rhs
+    # Of a single key, the side that varies less: queries and groups of heads are the other's.
+    k = sides[0] if on_key else min((rhs, lhs), key=lambda x: len({g for i in x.index for g in E.indices(i)}))
     q = lhs if k is rhs else rhs
     products = [p for c in (scores, s.values) for p in c.between]
     interior = [*anchor.inner, *s.path, *through, at.node, s.values.node, *products]
@@ -243,10 +246,9 @@ def _late_division(anchor: Anchor, s: Skeleton) -> Skeleton | Miss:
     """Fold ``(weights @ v) / sum`` into the site when the divisor is the weights' own sum at the same row."""
     if anchor.denominator is None:
         return s
-    readers = users(s.values.node)
-    div = readers[0] if len(readers) == 1 else s.values.node
-    divisor = divisor_of(div, s.values.node, s.out)
-    if divisor is None:
+    div, index, between = _next_step(s.values.node, s.out)
+    divisor = None if div is None else divisor_of(div, between[-1], index)
+    if div is None or divisor is None:
         why = "the unnormalized weights are contracted, and the result is not divided once by a tensor"
         return Miss("late-division", s.values.node.name, why)
     row, through = divisor
@@ -255,14 +257,44 @@ def _late_division(anchor: Anchor, s: Skeleton) -> Skeleton | Miss:
     weights_index = [x for i, x in enumerate(s.weights) if i != anchor.dim]
     kept = len(row.index) == len(shape(anchor.weights))
     row_index = [x for i, x in enumerate(row.index) if not (kept and i == anchor.dim)]
-    if row_index != weights_index or shape(div) != shape(s.values.node):
+    if row_index != weights_index or shape(div) != shape(between[-1]):
         return Miss("late-division", div.name, "the divisor's rows are not the weights' rows")
     whole = anchor.denominator
     total = whole if base_name(whole) == "sum" else whole.all_input_nodes[0]
-    s.interior += [div, *through, whole, total]
-    s.output = div
+    s.interior += [*between[1:], div, *through, whole, total]
+    s.output, s.out = div, index
     s.trail.append("late-division")
     return s
+
+
+def _next_step(node: fx.Node, index: Index) -> tuple[fx.Node | None, Index, list[fx.Node]]:
+    """Return the only reader that is no view, the index there of element ``index``, and the nodes before it.
+
+    Views are followed that move, add and drop axes; the reader is None where there are several.
+    """
+    passed = [node]
+    while len(readers := users(node)) == 1:
+        following = _moved_to(readers[0], node, index)
+        if following is None:
+            return readers[0], index, passed
+        node, index = readers[0], following
+        passed.append(node)
+    return None, index, passed
+
+
+def _moved_to(view: fx.Node, src: fx.Node, index: Index) -> Index | None:
+    """Return where ``view`` has the element ``index`` of ``src``, None unless each axis moves as a whole."""
+    here = anywhere(view) if tensor_of(view) is not None else ()
+    step = stepped(At(view, here))
+    back = (
+        step[0].index if step is not None and step[0].node is src else here if is_float_cast(view) else None
+    )
+    if back is None or E.product(shape(view)) != E.product(shape(src)):
+        return None
+    by = {x: i for x, i, n in zip(back, index, shape(src), strict=True) if n != ONE}
+    if set(by) != {x for x in here if x != ZERO}:
+        return None
+    return tuple(ZERO if x == ZERO else by[x] for x in here)
 
 
 # ---------------------------------------------------------------- values in pieces

@@ -48,16 +48,12 @@ def write_steps(d: Draft, env: Env) -> None:
         if isinstance(mod, Scale):
             _add_scale(d, mod)
         elif isinstance(mod, Softcap):
-            if not _settles(d):
-                d.refuse(
-                    "mask-inside-softcap", "the mask is applied before the soft cap, so it hides nothing"
-                )
+            _settle(d)
             d.steps.append(mod)
         elif isinstance(mod, RawBias):
             _add_bias(d, mod.at, mod.sign)
         elif isinstance(mod, RawGain):
-            if not _settles(d):
-                d.refuse("gain", "a tensor multiplies masked scores")
+            _settle(d)
             d.steps.append(Gain(_score_operand(d, mod.at)))
         elif isinstance(mod, RawPointwise):
             _add_pointwise(d, mod)
@@ -89,23 +85,38 @@ def _zero_hidden(d: Draft, zeroed: RawMask) -> None:
     d.zeroes = True
 
 
-def _settles(d: Draft) -> bool:
-    """Write what is pending as steps, since a step follows that sees shifts and fills; say if that worked.
+def _settle(d: Draft) -> None:
+    """Write what is pending as steps: one follows that sees shifts and fills.
 
-    It does not where the mask is a formula that no tensor of the graph holds.
+    Where no tensor of the graph holds the mask, its condition becomes an operand.
     """
     _settle_shift(d)
     mask, d.mask = d.mask, None
     if mask is None:
-        return True
-    if mask.at is None:
-        return False
-    if mask.how == "add":
+        return
+    anchor = d.skeleton.anchor
+    sunk = anchor.norm.operands or getattr(anchor.norm, "sink", None) is not None or d.skeleton.sink
+    if math.isfinite(mask.value) and (anchor.rounds or (anchor.bare and not sunk)):
+        why = (
+            f"the normalizer takes no maximum off, and a row may hold {mask.value:g} alone before other steps"
+        )
+        d.refuse("empty-rows-differ", why)
+    if mask.how == "add" and mask.at is not None:
         d.steps.append(_bias(d, mask.at, mask.sense))
-        return True
-    arms = (SCORE, mask.value) if mask.sense > 0 else (mask.value, SCORE)
-    d.steps.append(Pointwise(text(Call("where", (_score_operand(d, mask.at), *arms)))))
-    return True
+        return
+    hidden: Call | float = mask.value if mask.how == "replace" else Call("add", (SCORE, mask.value))
+    kept, sense = (
+        (_predicate(d, mask.keep), 1) if mask.at is None else (_score_operand(d, mask.at), mask.sense)
+    )
+    arms = (SCORE, hidden) if sense > 0 else (hidden, SCORE)
+    d.steps.append(Pointwise(text(Call("where", (kept, *arms)))))
+
+
+def _predicate(d: Draft, keep: Expr) -> str:
+    """Capture a condition as a bool tensor, of size 1 along roles that it does not vary along."""
+    roles, used = d.grid(), set(E.indices(keep))
+    kept = tuple(bool(set(r) & used) for r in roles)
+    return d.capture("bhqk", roles, Computed(keep, roles), torch.bool, kept)
 
 
 def _settle_shift(d: Draft) -> None:
@@ -135,9 +146,7 @@ def _add_pointwise(d: Draft, mod: RawPointwise) -> None:
             d.mask = replace(d.mask, value=value, how="replace", at=at)
             d.steps += [] if loose else [Pointwise(text(mod.term))]
             return
-    if not _settles(d):
-        why = f"masked scores go through {text(mod.term)}, so they are not hidden"
-        d.refuse("mask-inside-pointwise", why)
+    _settle(d)
     by = {f"t{i}": _score_operand(d, at) for i, at in enumerate(mod.sides)}
     d.steps.append(Pointwise(text(rename(mod.term, by))))
 
@@ -163,8 +172,8 @@ def _rounds_away(mask: RawMask, dtype: torch.dtype) -> bool:
 
 
 def _add_scale(d: Draft, mod: Scale) -> None:
-    if d.mask is not None and mod.factor <= 0 and not _settles(d):
-        d.refuse("mask-times-negative", "masked scores are multiplied by a negative number")
+    if d.mask is not None and mod.factor <= 0:
+        _settle(d)
     if d.mask is not None:
         t = tensor_of(d.skeleton.scores.node)
         assert t is not None, "scores are a tensor"
@@ -187,8 +196,9 @@ def _add_bias(d: Draft, at: At, sign: Literal[1, -1]) -> None:
     """
     if d.mask is not None and d.mask.how == "replace" and math.isfinite(d.mask.value):
         if d.mask.value > HUGE or any(isinstance(step, Bias) for step in d.steps):
-            d.refuse("bias-after-mask", f"a tensor is added after hidden scores became {d.mask.value:g}")
-        d.mask = replace(d.mask, how="add", at=None)
+            _settle(d)
+        else:
+            d.mask = replace(d.mask, how="add", at=None)
     d.steps.append(_bias(d, at, sign))
 
 
@@ -197,6 +207,7 @@ def _bias(d: Draft, at: At, sign: Literal[1, -1]) -> Bias:
 
 
 def _add_mask(d: Draft, mod: RawMask, env: Env) -> None:
+    filled = mod.value
     if mod.how == "replace" and math.isfinite(mod.value):
         mod = replace(mod, value=mod.value - d.shift)
     if not _emittable(mod.keep, d):
@@ -221,8 +232,8 @@ def _add_mask(d: Draft, mod: RawMask, env: Env) -> None:
     elif mod.how == "add" and mod.at is not None:
         _add_bias(d, mod.at, mod.sense)
     else:
-        both = f"({first.value:g}, {mod.value:g})"
-        d.refuse("two-masks", f"two masks with different fills {both} cannot be joined exactly")
+        _settle(d)
+        d.mask = replace(mod, value=filled)
 
 
 def _condition(d: Draft, at: At, sense: int) -> Expr:

@@ -150,6 +150,25 @@ def _order(node: fx.Node, rank: int) -> tuple[int, ...]:
     return tuple(order)
 
 
+def inserted_axes(node: fx.Node) -> frozenset[int]:
+    """Return which axes of a tensor an ``unsqueeze`` made, as far as views in front of it show."""
+    axes = {d: d for d in range(len(shape(node)))}  # of ``node``, by axis of the view at hand
+    made: set[int] = set()
+    while isinstance(src := node.args[0] if node.args else None, fx.Node) and tensor_of(src) is not None:
+        name, rank = base_name(node), len(shape(node))
+        if name == "unsqueeze":
+            d = argument(node, 1, "dim") % rank
+            made.add(axes.pop(d))
+            axes = {i - (i > d): axis for i, axis in axes.items()}
+        elif _RULES.get(name) is _permute:
+            order = _order(node, rank)
+            axes = {order[i]: axis for i, axis in axes.items()}
+        elif _RULES.get(name) not in (_same, _slice, _cast):
+            break
+        node = src
+    return frozenset(made)
+
+
 def _moved(node: fx.Node, rank: int) -> tuple[int, ...]:
     source = normal_dims(argument(node, 1, "source"), rank)
     target = normal_dims(argument(node, 2, "destination"), rank)

@@ -149,6 +149,11 @@ class Rewriter:
             value = b.call(
                 aten.clone.default, value, memory_format=torch.contiguous_format
             )  # for later views
+        elif (order := _order_in_memory(was)) is not None and _views_follow(out):
+            back = [order.index(d) for d in range(len(order))]
+            value = b.call(aten.permute.default, value, order)
+            value = b.call(aten.clone.default, value, memory_format=torch.contiguous_format)
+            value = b.call(aten.permute.default, value, back)
         out.replace_all_uses_with(value, propagate_meta=False)
         self.nodes[out.name] = value  # the operand of another site, perhaps
         for user in self._size_readers(found):
@@ -265,6 +270,38 @@ def _is_row_major(t: torch.Tensor) -> bool:
     sizes = tuple(map(dim, t.shape))
     wanted = zip(sizes, map(dim, t.stride()), strides(sizes), strict=True)
     return all(n == E.ONE or found == stride for n, found, stride in wanted)
+
+
+def _order_in_memory(t: torch.Tensor) -> list[int] | None:
+    """Return the axes of a fake tensor by falling stride, None if it is row-major or its strides have names.
+
+    Axes of size 1 come where they stand.
+    """
+    steps = [n for n in t.stride() if isinstance(n, int)]
+    if len(steps) < t.dim() or _is_row_major(t):
+        return None
+    order = sorted((d for d in range(t.dim()) if t.shape[d] != 1), key=lambda d: -steps[d])
+    for d in range(t.dim()):
+        if t.shape[d] == 1:
+            order.insert(d, d)
+    return order
+
+
+def _views_follow(node: fx.Node) -> bool:
+    """Say whether a view that depends on strides reads the node, or what keeps its strides."""
+    seen, stack = {node}, [node]
+    while stack:
+        for u in stack.pop().users:
+            target = u.target
+            if u in seen or not isinstance(target, torch._ops.OpOverload):
+                continue
+            if target.overloadpacket in (aten.view, aten._unsafe_view):
+                return True
+            aliases = any(r.alias_info is not None for r in target._schema.returns)
+            if aliases or torch.Tag.pointwise in target.tags:
+                seen.add(u)
+                stack.append(u)
+    return False
 
 
 def sizes_of(r: Making) -> list[Expr]:

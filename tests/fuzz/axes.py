@@ -121,6 +121,7 @@ MAKES = {
     "causal_end": "compare tril triu index floats where inverted",
 }
 USUAL = "compare index floats where inverted"
+FACTORS = ("learned", "per_head", "per_query", "per_key", "per_batch")
 DATA = ("padding", "rows", "documents", "dense")
 Rule = tuple[Callable[[Spelling], bool], dict[str, str]]
 
@@ -162,6 +163,11 @@ RULES: list[Rule] = [
     # Without a maximum taken off, a row of finite fills is 0 / 0 or rounded off: see the near misses.
     (lambda x: x.norm in BARE, {"fill": "inf", "more_fill": "same"}),
     (lambda x: x.norm in ("logsumexp", "lse_sink"), {"bias": "none"}),
+    # Zeroing NaN sees what a factor makes of -inf: see the near misses.
+    (lambda x: x.norm == "nan_to_num" and x.scale in FACTORS
+     and ((x.order == "bias_scale_mask" and x.bias != "none")
+          or (x.order == "mask_first_then_scale" and x.mask != "none")), {"order": "scale_bias_mask"}),
+    (lambda x: x.norm == "nan_to_num" and x.applied == "blend" and x.bias != "none", {"applied": "where"}),
     (lambda x: x.joined != "fills" or x.applied in ("multiply", "blend", "log"), {"more_fill": "same"}),
     (lambda x: x.applied in ("multiply", "blend") and x.fill == "inf", {"applied": "add"}),
     (lambda x: x.applied == "log", {"fill": "inf"}),

@@ -52,6 +52,18 @@ NEAR_MISSES: dict[str, NearMiss] = {
         | {"applied": "masked_fill|add|where|multiply", "extra": "none"},
     ),
     "biases_before_log_sum": miss({"norm": "logsumexp|lse_sink", "bias": "dense|per_head|keys_only"}),
+    # A tensor times scores that may be -inf makes NaN or inf where it is not positive; nan_to_num zeroes such
+    # rows, and a softmax does not.
+    "factors_of_infinite_scores_made_zero": miss(
+        {"norm": "nan_to_num", "order": "bias_scale_mask|mask_first_then_scale", "fill": "inf"}
+        | {"mask": "padding|causal|window", "bias": "dense|per_head|keys_only", "extra": "none"}
+        | {"scale": "learned|per_head|per_query|per_key|per_batch"},
+    ),
+    # So does what is kept, as a factor 0, of a tensor that may hold -inf.
+    "kept_share_of_infinite_scores_made_zero": miss(
+        {"norm": "nan_to_num", "order": "scale_bias_mask", "applied": "blend", "fill": "big|small"}
+        | {"mask": "padding|causal|window", "bias": "dense|per_head|keys_only", "extra": "none"},
+    ),
     "softmin": miss(NORMALIZED, instead="w = F.softmin(w, -1)"),
     "base_two": miss(NORMALIZED, instead="u = 2.0 ** w; w = u / u.sum(-1, keepdim=True)"),
     "sum_over_queries": miss(NORMALIZED, instead="u = w.exp(); w = u / u.sum(-2, keepdim=True)"),

@@ -89,8 +89,6 @@ REFUSED = {
     "values_added_to_a_residual": "values-added",
     "weights_times_themselves": "weights-squared",
     "weights_rounded_to_integers": "weights-edited",
-    "bias_after_a_mild_mask": "bias-after-mask",
-    "two_masks_of_different_depth": "two-masks",
     "features_repeated": "repeated-features",
     "weights_renormalized": "no-value-contraction",
 }
@@ -117,6 +115,8 @@ def test_near_misses_that_are_found_after_all_are_attention_of_another_kind():
         "shift_inside_a_gain",
         "shift_inside_the_softcap",
         "mask_inside_the_softcap",
+        "bias_after_a_mild_mask",
+        "two_masks_of_different_depth",
         "scores_plus_scores",
         "scores_times_scores",
         "softmax_of_products_with_values",
