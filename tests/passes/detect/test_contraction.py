@@ -32,6 +32,10 @@ SPELLINGS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...], 
         (2, 3, 5),
         (2, 7, 5),
     ),
+    "mul_sum_of_one_row": (lambda a, b: (a[:, :, None] * b[:, None]).sum(-1), (2, 1, 5), (2, 7, 5)),
+    "mul_sum_of_one_column": (lambda a, b: (a[:, :, None] * b[:, None]).sum(-1), (2, 3, 5), (2, 1, 5)),
+    "mul_sum_over_one": (lambda a, b: (a[..., None] * b[..., None, :, :]).sum(-2), (2, 3, 1), (2, 1, 5)),
+    "inner": (torch.inner, (3, 5), (7, 5)),
     "mul_sum_broadcast": (lambda a, b: (a[..., None] * b).sum(2), (3, 5), (2, 1, 5, 7)),
 }
 
@@ -67,12 +71,23 @@ def test_the_labels_say_what_is_computed(name):
     [
         (lambda a, b: (a * b).sum(-1), (2, 3, 5), (2, 3, 5)),
         (lambda a, b: (a[:, :, None] * b[:, None]).sum(2), (2, 3, 5), (2, 7, 5)),
+        (lambda a, b: (a * b).sum(-1), (2, 1, 5), (2, 1, 5)),
+        (lambda a, b: (a.unsqueeze(1) * b).sum(-1), (2, 1, 5), (2, 1, 1, 5)),
         (lambda a, b: (a[:, :, None] + b[:, None]).sum(-1), (2, 3, 5), (2, 7, 5)),
         (lambda a, b: (a * a).sum(-1) + b, (2, 3, 5), (2, 3)),
         (lambda a, b: F.linear(a, b, torch.ones(7)), (2, 3, 5), (7, 5)),
         (lambda a, b: torch.einsum("bij,bjk->k", a, b), (2, 3, 5), (2, 5, 7)),
     ],
-    ids=["inner_product", "one_sided_sum", "sum_of_sums", "square", "biased_layer", "summed_out"],
+    ids=[
+        "inner_product",
+        "one_sided_sum",
+        "product_of_rows",
+        "one_inserted_axis",
+        "sum_of_sums",
+        "square",
+        "biased_layer",
+        "summed_out",
+    ],
 )
 def test_look_alikes_are_none(f, m, n):
     assert found(f, m, n) == []

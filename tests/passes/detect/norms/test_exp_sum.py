@@ -105,3 +105,18 @@ def test_softmax_plus_one_behind_any_shift(f):
 def test_another_constant_is_a_sink_of_its_logarithm():
     found = anchors(lambda x: (e := x.exp()) / (2 + e.sum(-1, True)))
     assert [a.norm.sink for a in found] == [pytest.approx(0.6931471805599453)]
+
+
+@pytest.mark.parametrize("between", [lambda x: x.transpose(1, 2), lambda x: x[:, None], lambda x: x.mT])
+def test_the_division_may_stand_behind_views_of_the_result(between):
+    q, k, v = (torch.randn(2, 3, 5, 4, dtype=torch.float64) for _ in range(3))
+
+    def attention(q, k, v):
+        e = (q @ k.mT).exp()
+        return between(e @ v) * between(e.sum(-1, keepdim=True)).reciprocal()
+
+    t = traced(attention, (q, k, v))
+    found, missed = t.detect()
+    assert not missed
+    t.rewrite(found)
+    torch.testing.assert_close(t.run(q, k, v), attention(q, k, v))

@@ -85,3 +85,38 @@ def test_scaling_a_masked_score_scales_what_stands_in_its_place():
 def test_a_shift_of_the_scores_shifts_a_mild_fill():
     spec = only_spec(trace(lambda w: (w + 500.0).masked_fill(~keep(w), -1e4)))
     assert spec.fill.value == -10500.0
+
+
+def bias(w: Tensor) -> Tensor:
+    i, j = positions(w)
+    return (i * 3 + j) % 5 * 0.25
+
+
+SEEN_LATER = {
+    "another_fill": lambda w: w.masked_fill(~keep(w), -2e4).masked_fill(keep(w).mT & (bias(w) > 0), -1e5),
+    "infinite_fill": lambda w: w.masked_fill(~keep(w), -1e9).masked_fill(bias(w) == 0, NEG),
+    "softcap": lambda w: 5 * torch.tanh(w.masked_fill(~keep(w), -2e4).masked_fill(bias(w) == 0, -2e4) / 5),
+    "clamp": lambda w: (w.masked_fill(~keep(w), NEG).masked_fill(bias(w) == 0, NEG)).clamp(-3.0, 3.0),
+    "shift": lambda w: (w + 2.0).masked_fill(~keep(w), -2e4).masked_fill(bias(w) == 0, -3e4),
+    "negative": lambda w: w.masked_fill(~keep(w), -2e4).masked_fill(bias(w) == 0, -2e4) * -0.5,
+}
+
+
+@pytest.mark.parametrize("name", SEEN_LATER)
+def test_masks_that_later_steps_see_become_steps(name):
+    q, k, v = make_inputs(CASES["causal_by_tril"])
+    f = SEEN_LATER[name]
+    t = trace(f)
+    t.rewrite(t.detect()[0])
+    expected = f(q @ k.mT).softmax(-1) @ v
+    torch.testing.assert_close(t.run(q, k, v), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_bare_exponentials_of_masks_that_later_steps_see_are_refused():
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        e = SEEN_LATER["another_fill"](q @ k.mT).exp()
+        return (e / e.sum(-1, keepdim=True)) @ v
+
+    found, missed = traced(attention, make_inputs(CASES["causal_by_tril"])).detect()
+    assert not found
+    assert [m.code for m, _ in missed] == ["empty-rows-differ"]
