@@ -35,7 +35,7 @@ from attnc.passes.rewrite.fuse.fused import Fused
 from attnc.passes.rewrite.quant.projections import projections
 from attnc.passes.rewrite.quant.w8a8 import W8A8
 from attnc.programs import copy_graph, copy_program, fix_outputs
-from attnc.records import INTERNAL, Job, draw, missed_record, reason_of, site_record
+from attnc.records import INTERNAL, Job, draw, missed_record, other_records, reason_of, site_record
 from attnc.report import SiteRecord, Stage
 
 log = logs.get("rewrite")
@@ -118,6 +118,7 @@ def run(captured: Captured, options: Options, placeholders: Mapping[str, Any] | 
         draw(
             jobs, missed, outcome.records, nodes, outcome.runtime.graph if outcome.runtime else captured.graph
         )
+    outcome.records += [r for j in jobs for r in other_records(j, nodes)]
     outcome.warnings += [f"{name}: {reason_of(m)}" for m, name in missed if m.code == INTERNAL]
     outcome.linears = _linears(captured, found, options)
     _run_branches(captured, outcome, options)

@@ -7,7 +7,7 @@ would make it a match.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
@@ -118,6 +118,26 @@ def site_record(job: Job, nodes: Mapping[str, fx.Node]) -> SiteRecord:
         details=details,
         **_blocking(job.miss, nodes),
     )
+
+
+def other_records(job: Job, nodes: Mapping[str, fx.Node]) -> list[SiteRecord]:
+    """Return a record for each further normalizer that a site stands for: it became what the site became."""
+    whole = site_record(job, nodes)
+    out = []
+    for i, name in enumerate(job.found.others, start=2):
+        path, kind = module_path(nodes[name])
+        out.append(
+            replace(
+                whole,
+                id=f"{whole.id}.{i}",
+                module=path,
+                source=f"{kind} {source_line(nodes[name])}".strip(),
+                reason=f"one site with {whole.id}" + (f"; {whole.reason}" if whole.reason else ""),
+                flops=None,
+                bytes=None,
+            )
+        )
+    return out
 
 
 def missed_record(miss: Miss, name: str, nodes: Mapping[str, fx.Node]) -> SiteRecord:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import attnc
 from attnc import parse_forms, polynomial
 from attnc import verify as checks
 from attnc.capture import capture_export
@@ -138,3 +139,18 @@ def test_a_site_that_reads_the_output_of_another_is_checked_on_it(role, wrong, m
     outcome = run(program, Options(parse_forms("fused"), cost_model=False))
     assert [r.status for r in outcome.records] == ["rewritten", "kept" if wrong else "rewritten"]
     assert outcome.records[1].code == ("failed-verification" if wrong else "")
+
+
+def test_each_normalizer_of_a_merged_site_has_a_record():
+    class Loop(nn.Module):
+        def forward(self, q, k, v):
+            heads = [(q[:, i] @ k[:, i].mT).softmax(-1) @ v[:, i] for i in range(3)]
+            return torch.stack(heads, 1)
+
+    q, k, v = (torch.randn(2, 3, 5, 4) for _ in range(3))
+    fast = attnc.optimize(Loop().eval(), (q, k, v), cost_model=False)
+    records = fast.report.sites
+    assert [r.status for r in records] == ["rewritten"] * 3
+    assert len({r.id for r in records}) == 3
+    assert [r.reason.startswith(f"one site with {records[0].id}") for r in records] == [False, True, True]
+    torch.testing.assert_close(fast(q, k, v), Loop()(q, k, v))

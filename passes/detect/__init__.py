@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -67,7 +68,7 @@ def detect(
     for call in (*fused_calls(work, env), *flex_calls(work)):
         anchor = call.node if isinstance(call, Miss) else call.anchor.weights.name
         items.append((order[anchor], call, anchor))
-    items = _with_loops(work, env, items)
+    items, turns = _with_loops(work, env, items)
     for _, item, anchor in sorted(items, key=lambda t: t[0]):
         path = module_path(nodes[anchor])[0] or "model"
         names[path] += 1
@@ -77,7 +78,9 @@ def detect(
             missed.append((result, name))
             log.info("%s: missed %s at %s: %s", name, result.code, result.node, result.why)
         else:
-            found.append(result)
+            others = [s.anchor.weights.name for s in item.parts] if isinstance(item, Combination) else []
+            others += [a for merged, anchors in turns if merged is item for a in anchors]
+            found.append(replace(result, others=tuple(a for a in others if a != result.anchor)))
             log.info("%s: %s", name, result.match.spec)
     return found, missed
 
@@ -100,15 +103,21 @@ def _with_combinations(work: fx.Graph, env: Env, items: list[_Item], order: Mapp
     return out
 
 
-def _with_loops(work: fx.Graph, env: Env, items: list[_Item]) -> list[_Item]:
-    """Replace the sites of a loop that was unrolled by the one that they are together, if that is a site."""
-    out = list(items)
+def _with_loops(
+    work: fx.Graph, env: Env, items: list[_Item]
+) -> tuple[list[_Item], list[tuple[Skeleton, list[str]]]]:
+    """Replace the sites of a loop that was unrolled by the one that they are together, if that is a site.
+
+    Returns the items, and for each such site the anchors of its turns.
+    """
+    out, merges = list(items), list[tuple[Skeleton, list[str]]]()
     for merged, parts in loops(work, [i for _, i, _ in items if isinstance(i, Skeleton)], env):
         turns = [x for x in out if any(x[1] is p for p in parts)]
         found = _described(copy_of(merged), env, "") if len(turns) == len(parts) else None
         if isinstance(found, Found) and not found.match.escapes:  # what one turn shows keeps no other back
             out = [x for x in out if x not in turns] + [(turns[0][0], merged, turns[0][2])]
-    return out
+            merges.append((merged, [x[2] for x in turns]))
+    return out, merges
 
 
 def _described(item: Skeleton | Pieces | Combination | Miss, env: Env, name: str) -> Found | Miss:

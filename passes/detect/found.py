@@ -68,7 +68,8 @@ class Found:
     ``operands`` has q, k, v; ``captured`` one entry per ``match.spec.captured``; ``result`` turns the
     canonical output into the value of ``match.output``. ``fused`` says that the user's graph already calls a
     fused op here, ``improves`` that the spec knows more than that call.  With ``terms`` the output is their
-    sum, and spec, operands and captured are those of the first.
+    sum, and spec, operands and captured are those of the first.  ``others`` are the anchors of further
+    normalizers that the site stands for: the turns of a loop, or the terms of a sum.
     """
 
     match: Match
@@ -79,6 +80,7 @@ class Found:
     fused: bool = False
     improves: bool = False
     terms: tuple[Term, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def makings(self) -> tuple[Making, ...]:
