@@ -64,8 +64,19 @@ def _is_plain(node: fx.Node) -> bool:
         return False
     if name in ("batch_norm", "instance_norm", "rrelu"):
         return name == "batch_norm" and node.args[5] is False
+    if name in ("view", "reshape", "_unsafe_view", "expand") and _is_loose(node):
+        return False
     aliases = any(r.alias_info is not None for r in target._schema.returns)
     return not aliases or name in _KNOWN_VIEWS or not _is_composite(target)
+
+
+def _is_loose(node: fx.Node) -> bool:
+    """Say whether a view to a size given as a number has a symbol for it, which tracing again settles."""
+    val, sizes = node.meta.get("val"), node.args[1] if len(node.args) > 1 else ()
+    if not isinstance(val, torch.Tensor) or not isinstance(sizes, list | tuple) or len(sizes) != val.ndim:
+        return False
+    given = zip(sizes, val.shape, strict=True)
+    return any(isinstance(n, int) and n >= 0 and isinstance(m, torch.SymInt) for n, m in given)
 
 
 def _is_composite(target: torch._ops.OpOverload) -> bool:
