@@ -71,3 +71,15 @@ def test_a_long_program_that_writes_gets_fixed_sizes_and_a_warning(monkeypatch):
         assert any("writes in place" in w for w in captured.warnings) == fixed
         assert ("x dim 1 == 5" in captured.static) == fixed
         assert not is_costly(captured.graph)
+
+
+def test_a_view_to_numbers_that_has_a_symbol_is_traced_again():
+    class Grouped(nn.Module):
+        def forward(self, q: Tensor, k: Tensor) -> Tensor:
+            return torch.einsum("bgnsd,bgtd->bgnst", q.view(2, 2, 2, 3, 8), k)
+
+    args = (torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8))
+    captured = capture_export(Grouped(), args)
+    (view,) = (n for n in captured.work.nodes if str(n.target) == "aten.view.default")
+    assert list(view.meta["val"].shape) == [2, 2, 2, 3, 8]
+    assert all(isinstance(n, int) for n in view.meta["val"].shape)

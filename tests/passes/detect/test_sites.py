@@ -258,3 +258,34 @@ def test_learned_queries_behind_a_projection_attend_and_raw_ones_route():
 
     x = (torch.randn(2, 5, 8),)
     assert [len(exported(Pool(p), x).detect()[0]) for p in (True, False)] == [1, 0]
+
+
+def test_attention_among_learned_tokens_is_found():
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens = nn.Parameter(torch.randn(1, 3, 8))
+            self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.q(self.tokens) @ self.k(self.tokens).mT).softmax(-1) @ x
+
+    assert len(exported(Tokens(), (torch.randn(2, 3, 8),)).detect()[0]) == 1
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_heads_mixed_by_a_layer_are_named_and_a_router_is_not(mixed):
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Linear(4, 4)
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            scores = (q @ k.mT).permute(0, 2, 3, 1)
+            weights = self.mix(scores).softmax(2).permute(0, 3, 1, 2)
+            return weights @ v if mixed else weights.sum(-1)
+
+    args = tuple(torch.randn(2, 4, 5, 8) for _ in range(3))
+    found, missed = exported(Heads(), args).detect()
+    assert not found
+    assert [m.code for m, _ in missed] == (["talking-heads"] if mixed else [])
