@@ -445,6 +445,15 @@ def test_no_arguments_show_the_verbs(capsys):
     assert all(verb in out for verb in ("inspect", "optimize", "export", "emit", "verify", "bench", "doctor"))
 
 
+@pytest.fixture
+def interruptible():
+    """Hear SIGINT as at a terminal: a job that a shell started in the background is told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_and_kill_leave_nothing(api, bert, capsys, tmp_path, monkeypatch):
     for send in (signal.SIGINT, signal.SIGTERM):
         monkeypatch.setattr(tensor_files, "_write_shard", lambda *_, s=send: signal.raise_signal(s))
