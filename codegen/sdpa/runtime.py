@@ -63,12 +63,13 @@ def masked_sdpa(
             return biased_sdpa(q, k, v, bias.to(q.dtype), empty == "zero", scale, grouped)
     seen = _seen(keep, causal, q, k)
     added = _added(seen, bias, fill, q.dtype)
+    if _trains(q, k, v, bias) and not (looks and bool(seen.any(-1).all())):
+        if empty == "uniform":
+            return _spelled_out(q, k, v, added, False, scale)
+        if empty == "replaced" or (empty == "zero" and bias is not None):
+            return _spelled_out(q, k, v, bias, empty == "zero", scale, ~seen)
     if bias is not None:
         return biased_sdpa(q, k, v, added, empty == "zero", scale, grouped)
-    if empty == "uniform" and _trains(q, k, v) and not (looks and bool(seen.any(-1).all())):
-        return _spelled_out(q, k, v, added, False, scale)
-    if empty == "replaced" and _trains(q, k, v) and not (looks and bool(seen.any(-1).all())):
-        return _spelled_out(q, k, v, None, False, scale, ~seen)
     out = _attend(q, k, v, added, scale, grouped)
     return out.masked_fill(~seen.any(-1, keepdim=True), math.nan) if empty == "nan" else out
 
@@ -173,11 +174,16 @@ def _spelled_out(
     """Attend without the flash kernel, whose backward is wrong for rows that see nothing.
 
     Scores at ``hidden`` are replaced by the least number, which lets no gradient through; ``added`` does.
+    If ``safe``, rows that see nothing are zeros, and so are their gradients.
     """
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
     scores = q @ k.transpose(-2, -1) * scale
     scores = scores if added is None else scores + added
     scores = scores if hidden is None else scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    if safe:
+        lost = scores == -math.inf
+        lost = (lost if hidden is None else lost | hidden).all(-1, keepdim=True)
+        scores = scores.masked_fill(lost, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, -1, dtype=torch.float32 if q.dtype != torch.float64 else None)
-    return (weights.nan_to_num(0.0) if safe else weights).to(q.dtype) @ v
+    return (weights.masked_fill(lost, 0.0) if safe else weights).to(q.dtype) @ v
