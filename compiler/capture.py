@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from attnc import logs
-from attnc.capture_alias import bypass, hidden_writes, op_name
+from attnc.capture_alias import op_name
 from attnc.capture_bodies import branches, inline_bodies
 from attnc.capture_dynamo import backend, make_backend
 from attnc.capture_links import link_moments, link_nodes
@@ -31,7 +29,7 @@ from attnc.capture_sizes import Slides, free_shapes
 from attnc.capture_trial import describe, noted_functions, trial, unchanged
 from attnc.capture_types import Captured, Door
 from attnc.errors import CaptureError
-from attnc.programs import copy_program
+from attnc.programs import copy_program, quiet, safe_to_functionalize
 
 __all__ = [
     "Captured",
@@ -157,7 +155,7 @@ def _export_once(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> ExportedProgram:
     """Export as under training, so that the graph marks the parts that the model runs without gradients."""
-    with unchanged(model), _quiet(), torch.inference_mode(False), torch.enable_grad():
+    with unchanged(model), quiet(), torch.inference_mode(False), torch.enable_grad():
         try:
             return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=dynamic_shapes)
         except Exception as error:  # export raises nearly every type there is
@@ -184,15 +182,6 @@ def _unmarked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any,
     with torch.inference_mode(False):
         new: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(torch.Tensor, one, (args, kwargs))
     return new
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence torch's own FutureWarnings and DeprecationWarnings, which no user can act on."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
-        yield
 
 
 def _register_caches(model: nn.Module) -> None:
@@ -225,24 +214,9 @@ def _without_vmap(exported: ExportedProgram) -> ExportedProgram:
     """Return the program, or a functional one where vmap left its own calls in it, which cannot be run."""
     if not any(op_name(n) == "_add_batch_dim" for n in exported.graph.nodes):
         return exported
-    with _quiet():
+    with quiet():
         functional: ExportedProgram = exported.run_decompositions({})
     return functional
-
-
-def _safe_to_functionalize(exported: ExportedProgram) -> ExportedProgram:
-    """Return the program, or a copy without dropouts through which functionalization would lose a write."""
-    if any(hidden_writes(exported.graph)):
-        exported = copy_program(exported)
-        dropouts, others = hidden_writes(exported.graph)
-        if others:
-            raise CaptureError(
-                f"capture: {others[0].name} may return a view of its input, which the model then writes to\n"
-                f"  expected: a write that torch can follow; found one through {others[0].target}\n"
-                "  try: write it without the in-place operation"
-            )
-        bypass(dropouts)
-    return exported
 
 
 def _captured(exported: ExportedProgram, door: Door, export_seconds: float, notes: list[str]) -> Captured:
@@ -250,8 +224,8 @@ def _captured(exported: ExportedProgram, door: Door, export_seconds: float, note
     start = time.perf_counter()
     functional, work = exported, plain_copy(exported.graph)
     if work is None:
-        source = _safe_to_functionalize(exported)
-        with _quiet():
+        source = safe_to_functionalize(exported)
+        with quiet():
             functional = source.run_decompositions({})
         work = functional.graph
     seconds = {"export": export_seconds, "functionalize": time.perf_counter() - start}

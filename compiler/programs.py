@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import fx
 from torch.export import ExportedProgram
+
+from attnc.capture_alias import bypass, hidden_writes, writes
+from attnc.errors import CaptureError
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
@@ -40,6 +47,51 @@ def copy_program(program: ExportedProgram) -> ExportedProgram:
     )
     copied.graph_module.meta.update(program.graph_module.meta)
     return copied
+
+
+def is_functional(program: ExportedProgram) -> bool:
+    """Say whether the program writes nothing in place and has no bodies of higher-order calls."""
+    higher = torch._ops.HigherOrderOperator
+    return not any(isinstance(n.target, higher) or writes(n) for n in program.graph.nodes)
+
+
+def functional_program(program: ExportedProgram) -> ExportedProgram:
+    """Return a program that writes nothing in place and has the bodies of higher-order calls in line.
+
+    Raises:
+        CaptureError: the program writes to what may be a view of something else, which torch loses track of.
+    """
+    with quiet():
+        functional: ExportedProgram = safe_to_functionalize(program).run_decompositions({})
+    return functional
+
+
+def safe_to_functionalize(program: ExportedProgram) -> ExportedProgram:
+    """Return the program, or a copy without dropouts through which functionalization would lose a write.
+
+    Raises:
+        CaptureError: as for ``functional_program``.
+    """
+    if any(hidden_writes(program.graph)):
+        program = copy_program(program)
+        dropouts, others = hidden_writes(program.graph)
+        if others:
+            raise CaptureError(
+                f"capture: {others[0].name} may return a view of its input, which the model then writes to\n"
+                f"  expected: a write that torch can follow; found one through {others[0].target}\n"
+                "  try: write it without the in-place operation"
+            )
+        bypass(dropouts)
+    return program
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence torch's own FutureWarnings and DeprecationWarnings, which no user can act on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
 
 
 def fix_outputs(program: ExportedProgram) -> None:

@@ -21,7 +21,15 @@ FOLDERS = {"compiler": "attnc", "passes": "attnc.passes", "codegen": "attnc.code
 _MASKS = ("masks", "mask_atoms", "mask_joins", "formula", "formula_text", "intervals")
 _STEPS = ("steps", "norms", "pointwise")
 LOW = tuple(f"attnc.{n}" for n in ("ir", *_STEPS, "expr", "polynomial", "terms", *_MASKS, "errors", "logs"))
-CORE = (*LOW, "attnc.formula_nodes", "attnc.printer", "attnc.sizes", "attnc.editing", "attnc.cost")
+CORE = (
+    *LOW,
+    "attnc.formula_nodes",
+    "attnc.printer",
+    "attnc.sizes",
+    "attnc.editing",
+    "attnc.cost",
+    "attnc.programs",
+)
 JOINERS = ("attnc.pipeline", "attnc.api", "attnc.cli")
 HEAVY = ("onnx", "onnxruntime", "onnxscript", "triton", "transformers")
 

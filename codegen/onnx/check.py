@@ -80,7 +80,7 @@ def _operands(call: Call) -> tuple[Operand, ...]:
 
 def _shapes(call: Call, b: int | str, sq: int | str, sk: int | str) -> list[list[int | str]]:
     """Return the shapes of all operands with other sizes of batch, queries and keys; an axis of 1 stays 1."""
-    (h, hkv), (dqk, dv) = call.heads, call.head_sizes
+    h, hkv, dqk, dv = _numbers(call)
     out: list[list[int | str]] = [[b, h, sq, dqk], [b, hkv, sk, dqk], [b, hkv, sk, dv]]
     at: dict[str, int | str] = {"b": b, "h": h, "q": sq, "k": sk}
     for o in call.spec.captured:
@@ -91,6 +91,15 @@ def _shapes(call: Call, b: int | str, sq: int | str, sk: int | str) -> list[list
             ]
         )
     return out
+
+
+def _numbers(call: Call) -> tuple[int, int, int, int]:
+    """Return (H, Hkv, Dqk, Dv) to try: their own where they are numbers, else small ones."""
+    dqk, dv = (n if isinstance(n, int) else 8 for n in call.head_sizes)
+    h, hkv = call.heads
+    if isinstance(h, int) and isinstance(hkv, int):
+        return h, hkv, dqk, dv
+    return 2 * call.spec.group_size, 2, dqk, dv
 
 
 def _sizes(call: Call) -> list[tuple[int, int, int]]:
@@ -159,7 +168,7 @@ def tolerance(call: Call, feeds: Mapping[str, torch.Tensor]) -> float:
     """
     spec, u = call.spec, torch.finfo(call.dtype).eps / 2
     q, k, v = (feeds[o.name].double() for o in (spec.q, spec.k, spec.v))
-    k = k.repeat_interleave(call.heads[0] // call.heads[1], 1)
+    k = k.repeat_interleave(call.spec.group_size, 1)
     named = {o.name: feeds[o.name].double() for o in spec.captured}
     s = q.abs() @ k.abs().transpose(-2, -1)
     top = 1.0
@@ -167,7 +176,7 @@ def tolerance(call: Call, feeds: Mapping[str, torch.Tensor]) -> float:
         s = step.apply(s, named)
         top = max(top, _greatest(s))
     top = max(top, *map(_greatest, named.values())) if named else top
-    delta = (call.head_sizes[0] + 8) * u * top * 2
+    delta = (q.shape[-1] + 8) * u * top * 2
     fill = spec.fill
     if fill.how == "add" and fill.value > ABSORBS and abs(fill.value) * u < top and call.may_see_nothing():
         delta += 2 * u * abs(fill.value)

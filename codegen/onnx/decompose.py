@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 def decompose(
     b: Builder,
     spec: AttentionSpec,
-    heads: tuple[int, int],
     q: ir.Value,
     k: ir.Value,
     v: ir.Value,
@@ -52,14 +51,14 @@ def decompose(
 ) -> tuple[ir.Value, ir.Value | None]:
     """Write attention of q ``[B, H, Sq, Dqk]``, k ``[B, Hkv, Sk, Dqk]``, v ``[B, Hkv, Sk, Dv]``.
 
-    ``heads`` is (H, Hkv).  Returns the output ``[B, H, Sq, Dv]`` in q's dtype and, if asked, the log-sum-exp
-    ``[B, H, Sq]`` (natural log).
+    Returns the output ``[B, H, Sq, Dv]`` in q's dtype and, if asked, the log-sum-exp ``[B, H, Sq]`` (natural
+    log).  No size need be known.
     """
     named = {o.name: c for o, c in zip(spec.captured, captured, strict=True)}
     work = torch.float64 if spec.q.dtype == torch.float64 else torch.float32
     qw, kw, vw = (b.cast(x, work) for x in (q, k, v))
-    if heads[0] != heads[1]:
-        kw, vw = (_repeated(b, x, heads) for x in (kw, vw))
+    if spec.group_size != 1:
+        kw, vw = (_repeated(b, x, spec.group_size) for x in (kw, vw))
     s = b.op("MatMul", qw, b.op("Transpose", kw, perm=[0, 1, 3, 2], dtype=work), dtype=work)
     for step in spec.scores:
         s = _step(b, step, s, named, work)
@@ -74,13 +73,10 @@ def decompose(
     return out, _log_sum_exp(b, spec.norm, s, named, work)
 
 
-def _repeated(b: Builder, x: ir.Value, heads: tuple[int, int]) -> ir.Value:
-    """Repeat key/value heads ``[B, Hkv, Sk, D]`` to ``[B, H, Sk, D]``, each one H / Hkv times in a row."""
-    group = heads[0] // heads[1]
+def _repeated(b: Builder, x: ir.Value, group: int) -> ir.Value:
+    """Repeat key/value heads ``[B, Hkv, Sk, D]`` to ``[B, H, Sk, D]``, each one ``group`` times in a row."""
     wide = b.op("Expand", b.op("Unsqueeze", x, b.ints(2)), b.ints(1, 1, group, 1, 1))
-    shape = b.op(
-        "Concat", b.size(x, 0), b.ints(heads[0]), b.size(x, 2), b.size(x, 3), axis=0, dtype=torch.int64
-    )
+    shape = b.op("Concat", b.size(x, 0), b.ints(-1), b.size(x, 2), b.size(x, 3), axis=0, dtype=torch.int64)
     return b.op("Reshape", wide, shape)
 
 

@@ -154,16 +154,19 @@ _WRITERS: Mapping[str, _Writer] = {
 
 
 def _heads(call: Call) -> tuple[int, int, int]:
-    return call.heads[0], call.heads[1], call.heads[1]
+    h, hkv, _, _ = call.numbers
+    return h, hkv, hkv
 
 
 def _sizes(call: Call) -> tuple[int, int, int]:
-    return call.head_sizes[0], call.head_sizes[0], call.head_sizes[1]
+    _, _, dqk, dv = call.numbers
+    return dqk, dqk, dv
 
 
 def _packed_shape(call: Call, q: ir.Value) -> list[Any] | None:
     """Return ``[B, Sq, H * Dv]`` with the sizes of q where they are known."""
-    return None if q.shape is None else [q.shape[0], q.shape[2], call.heads[0] * call.head_sizes[1]]
+    h, _, _, dv = call.numbers
+    return None if q.shape is None else [q.shape[0], q.shape[2], h * dv]
 
 
 def packed(b: Builder, x: ir.Value, heads: int, size: int) -> ir.Value:
@@ -204,7 +207,8 @@ def _same(a: Any, b: Any) -> bool:
 
 def unpacked(b: Builder, x: ir.Value, call: Call) -> ir.Value:
     """Return ``[B, Sq, H * Dv]`` as ``[B, H, Sq, Dv]``."""
-    parted = b.op("Reshape", x, b.ints(0, 0, call.heads[0], call.head_sizes[1]), dtype=call.dtype)
+    h, _, _, dv = call.numbers
+    parted = b.op("Reshape", x, b.ints(0, 0, h, dv), dtype=call.dtype)
     return b.op("Transpose", parted, perm=[0, 2, 1, 3], dtype=call.dtype)
 
 
@@ -273,8 +277,8 @@ def _head_sink(b: Builder, call: Call, named: Mapping[str, ir.Value]) -> ir.Valu
         return None
     if isinstance(sink, str):
         flat = b.op("Reshape", named[sink], b.ints(-1))
-        return b.op("Expand", b.cast(flat, call.dtype), b.ints(call.heads[0]), dtype=call.dtype)
-    return b.const([sink] * call.heads[0], call.dtype)
+        return b.op("Expand", b.cast(flat, call.dtype), b.ints(call.numbers[0]), dtype=call.dtype)
+    return b.const([sink] * call.numbers[0], call.dtype)
 
 
 def _needs_zeros(call: Call, folded: Folded) -> bool:

@@ -46,7 +46,7 @@ def lower(
         out, attributes = fuse(b, call, row.operator, q, k, v, captured, shared)
         return Written(out, None, row.operator, row.domain or "ai.onnx", attributes)
     if functions is None:
-        out, lse = decompose(b, call.spec, call.heads, q, k, v, captured, lse=call.lse_used)
+        out, lse = decompose(b, call.spec, q, k, v, captured, lse=call.lse_used)
         return Written(out, lse, "basic operators", "ai.onnx", {})
     name = function_name(call)
     if name not in functions:
@@ -68,7 +68,7 @@ def function_name(call: Call) -> str:
         v=sizeless(call.spec.v),
         captured=tuple(map(sizeless, call.spec.captured)),
     )
-    text = f"{spec} heads={call.heads} lse={call.lse_used}"
+    text = f"{spec} lse={call.lse_used}"
     return f"Attention_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
@@ -80,7 +80,7 @@ def _function(name: str, call: Call, opset: int) -> ir.Function:
     inputs = [ir.Value(name=f"in_{n}") for n in names]
     b = Builder("f")
     q, k, v, *captured = inputs
-    out, lse = decompose(b, call.spec, call.heads, q, k, v, captured, lse=call.lse_used)
+    out, lse = decompose(b, call.spec, q, k, v, captured, lse=call.lse_used)
     outputs = [out] if lse is None else [out, lse]
     graph = ir.Graph(inputs, outputs, nodes=b.nodes, opset_imports={"": opset}, name=name)
     return ir.Function(OURS, name, graph=graph, attributes=[])

@@ -49,7 +49,7 @@ class Split:
 class Call:
     """One attend node: its spec and what the traced graph knows about its tensors.
 
-    ``heads`` is (H, Hkv), ``head_sizes`` is (Dqk, Dv), ``lengths`` is (Sq, Sk) with symbolic sizes as text;
+    ``heads`` is (H, Hkv), ``head_sizes`` is (Dqk, Dv), ``lengths`` is (Sq, Sk), symbolic sizes as text;
     ``last`` holds the size of the last axis of each captured tensor (1 for a scalar).
     """
 
@@ -57,19 +57,28 @@ class Call:
     id: str
     spec: AttentionSpec
     text: str
-    heads: tuple[int, int]
-    head_sizes: tuple[int, int]
+    heads: tuple[Size, Size]
+    head_sizes: tuple[Size, Size]
     lengths: tuple[Size, Size]
     last: tuple[Size, ...]
     lse_used: bool = False
 
     @classmethod
     def of(cls, spec: AttentionSpec) -> Call:
-        """Return a call of the sizes that the spec names; heads and head sizes must be numbers."""
+        """Return a call of the sizes that the spec names."""
         q, k, v = spec.q.shape, spec.k.shape, spec.v.shape
-        h, hkv, dqk, dv = (int(n) for n in (q[1], k[1], q[3], v[3]))
         last = tuple((1, *o.shape)[-1] for o in spec.captured)
-        return cls(0, "site", spec, str(spec), (h, hkv), (dqk, dv), (q[2], k[2]), last)
+        return cls(0, "site", spec, str(spec), (q[1], k[1]), (q[3], v[3]), (q[2], k[2]), last)
+
+    @property
+    def numbers(self) -> tuple[int, int, int, int]:
+        """Return (H, Hkv, Dqk, Dv), which an operator's attributes need as numbers.
+
+        Raises:
+            ValueError: one of them is symbolic.
+        """
+        h, hkv, dqk, dv = (int(n) for n in (*self.heads, *self.head_sizes))
+        return h, hkv, dqk, dv
 
     @property
     def is_self(self) -> bool:

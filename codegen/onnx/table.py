@@ -152,6 +152,11 @@ def _no_causal_attribute(call: Call) -> str | None:
     return "causal" if call.split(windows=True, unequal=False).band is not None else None
 
 
+def _sizes_known(call: Call) -> str | None:
+    varying = [n for n in (*call.heads, *call.head_sizes) if not isinstance(n, int)]
+    return f"the number or the size of the heads varies: {', '.join(map(str, varying))}" if varying else None
+
+
 def _equal_heads(call: Call) -> str | None:
     return (
         None
@@ -179,7 +184,8 @@ def _equal_head_sizes(call: Call) -> str | None:
 
 
 def _multiple_of_8(call: Call) -> str | None:
-    return None if call.head_sizes[0] % 8 == 0 else f"head size {call.head_sizes[0]} is no multiple of 8"
+    size = call.numbers[2]
+    return None if size % 8 == 0 else f"head size {size} is no multiple of 8"
 
 
 def _no_added_bias(call: Call) -> str | None:
@@ -196,10 +202,11 @@ def _empty_rows_not_nan(call: Call) -> str | None:
     return "a query that sees no key must give NaN" if empty else None
 
 
-ALWAYS = ("no-lse", "scores-fold", "one-dtype", "fill-hides", "fill-in-range")
+ALWAYS = ("sizes-known", "no-lse", "scores-fold", "one-dtype", "fill-hides", "fill-in-range")
 """What every fused operator asks for."""
 
 CONDITIONS: Mapping[str, Condition] = {
+    "sizes-known": _sizes_known,
     "no-lse": _no_lse,
     "scores-fold": _scores_fold,
     "one-dtype": _one_dtype,

@@ -18,11 +18,13 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from attnc.codegen.onnx import missing
 from attnc.codegen.onnx.builder import OURS
 from attnc.codegen.onnx.names import is_attend
 from attnc.codegen.onnx.sites import Call, Size
 from attnc.errors import CodegenError
 from attnc.printer import parse
+from attnc.programs import functional_program, is_functional
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -39,17 +41,18 @@ _NOISY = ("torch.onnx._internal.exporter._registration", "torch.onnx._internal.e
 
 
 def flat(program: ExportedProgram) -> ExportedProgram:
-    """Return ``program`` with the bodies of ``torch.no_grad`` regions in line, as conversion has them."""
-    wrapped = any(isinstance(n.target, torch._ops.HigherOrderOperator) for n in program.graph.nodes)
-    with _quiet():
-        return program.run_decompositions({}) if wrapped else program
+    """Return ``program`` without writes in place and with the bodies of ``torch.no_grad`` regions in line.
+
+    So it has the nodes that conversion meets, in their order.
+    """
+    return program if is_functional(program) else functional_program(program)
 
 
 def find_calls(program: ExportedProgram) -> list[Call]:
     """Return the attend nodes that reach an output, in the order of the graph.
 
     Raises:
-        CodegenError: a site whose head counts or head sizes are not numbers, or that has dropout.
+        CodegenError: a site that has dropout.
     """
     live = _live(program.graph)
     nodes = [n for n in program.graph.nodes if n in live and is_attend(n)]
@@ -74,11 +77,6 @@ def _call(index: int, node: fx.Node, live: set[fx.Node]) -> Call:
     assert isinstance(captured, Sequence), "the captured tensors of attnc::attend are a list"
     spec, (qs, ks, vs) = parse(text), (_shape(x) for x in (q, k, v))
     site = str(_meta(node).get("match", f"site_{index}"))
-    fixed = (qs[1], ks[1], qs[3], vs[3])
-    if not all(isinstance(n, int) for n in fixed):
-        raise CodegenError(
-            f"ONNX export, site {site}: expected fixed head counts and sizes, found q {qs}, k {ks}, v {vs}"
-        )
     if spec.dropout:
         raise CodegenError(
             f"ONNX export, site {site}: expected a program without dropout, found dropout {spec.dropout}; "
@@ -86,8 +84,7 @@ def _call(index: int, node: fx.Node, live: set[fx.Node]) -> Call:
         )
     last = tuple((1, *_shape(c))[-1] for c in captured)
     used = any(u in live and u.args[1] == 1 for u in node.users)
-    h, hkv, dqk, dv = (int(n) for n in fixed)
-    return Call(index, site, spec, text, (h, hkv), (dqk, dv), (qs[2], ks[2]), last, used)
+    return Call(index, site, spec, text, (qs[1], ks[1]), (qs[3], vs[3]), (qs[2], ks[2]), last, used)
 
 
 def _meta(node: fx.Node) -> dict[str, Any]:
@@ -139,7 +136,7 @@ def _translations(calls: Sequence[Call], opset: int) -> dict[Any, Any]:
         given = [x, weight, weight_scale] + ([] if bias is None else [bias])
         return _operator(LINEAR, len(given), 1, [])(*given)
 
-    table: dict[Any, Any] = {}
+    table = missing.translations(opset)
     ours = (("attend", attend), ("linear_w8a8", linear))
     for name, translation in ours:
         packet = getattr(torch.ops.attnc, name, None)

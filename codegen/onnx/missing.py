@@ -1,0 +1,51 @@
+"""Translations of operators that torch's exporter has none for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_GROUPED = (("transformers", "grouped_mm_fallback"), ("aten", "_grouped_mm"))
+
+
+def translations(opset: int) -> dict[Any, Any]:
+    """Return torch operator -> translation for those that this process has registered."""
+    found = {}
+    for namespace, name in _GROUPED:
+        packet = getattr(getattr(torch.ops, namespace), name, None)
+        if packet is not None:
+            found[packet.default] = _grouped_mm(opset)
+    return found
+
+
+def _grouped_mm(opset: int) -> Any:
+    """Return the translation of ``grouped_mm(x [S, K], weight [E, K, N], offs [E]) -> [S, N]``.
+
+    Rows ``offs[e - 1] .. offs[e]`` are multiplied by ``weight[e]``, rows past the last offset are zeros.
+    Each expert is one Slice and one MatMul, so no row is multiplied twice and no weight is copied per row.
+    """
+    import onnxscript
+    from onnxscript import ir
+
+    op: Any = getattr(onnxscript, f"opset{opset}")
+
+    def grouped_mm(x: Any, weight: Any, offs: Any, bias: Any = None, out_dtype: Any = None) -> Any:
+        if len(x.shape) != 2 or len(weight.shape) != 3 or bias is not None:
+            raise NotImplementedError("expected x [S, K], weight [E, K, N] and no bias")
+        ends = op.Cast(offs, to=int(ir.DataType.INT64))
+        first = op.Constant(value_ints=[0])
+        start, parts = first, []
+        for expert in range(weight.shape[0]):
+            end = op.Slice(ends, [expert], [expert + 1], [0])
+            rows = op.Slice(x, start, end, first)
+            parts.append(op.MatMul(rows, op.Gather(weight, expert, axis=0)))
+            start = end
+        left = op.Sub(op.Shape(x, start=0, end=1), start)
+        width = op.Shape(weight, start=2, end=3)
+        zero = op.CastLike(op.Constant(value_float=0.0), x)
+        parts.append(op.Expand(zero, op.Concat(left, width, axis=0)))
+        out = op.Concat(*parts, axis=0)
+        return out if out_dtype is None else op.Cast(out, to=out_dtype)
+
+    return grouped_mm
