@@ -17,12 +17,9 @@ import importlib.util
 import json
 import os
 import platform
-import statistics
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +27,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 warnings.filterwarnings("ignore")
 
 import torch
+from race import Call, race, session, show
 
-Call = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 SHAPES = ((8, 128), (1, 512))
 
 
@@ -54,10 +51,10 @@ def contenders(directory: Path, folder: Path, quick: bool) -> dict[str, Call]:
         shapes = {n: {0: batch, 1: seq} for n in example}
         program = torch.export.export(_Hidden(eager), (), example, strict=False, dynamic_shapes=shapes)
         torch.onnx.export(program, (), plain, dynamo=True, verbose=False)
-        out["ONNX by torch"] = _session(plain)
+        out["ONNX by torch"] = session(plain)
     ours = folder / "attnc.onnx"
     attnc.export_onnx(attnc.optimize(eager, (), example, cost_model=False), ours, target="ort-cpu")
-    out["ONNX by attnc"] = _session(ours)
+    out["ONNX by attnc"] = session(ours)
     return out
 
 
@@ -81,47 +78,6 @@ def inputs(batch: int, tokens: int) -> dict[str, torch.Tensor]:
 
 def _module(model: Any) -> Call:
     return lambda kwargs: model(**kwargs).last_hidden_state
-
-
-def _session(path: Path) -> Call:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    names = [i.name for i in session.get_inputs()]
-    return lambda kwargs: torch.from_numpy(session.run(None, {n: kwargs[n].numpy() for n in names})[0])
-
-
-def race(calls: dict[str, Call], given: dict[str, torch.Tensor], rounds: int) -> dict[str, dict[str, float]]:
-    """Return per contender: median milliseconds, ratio to the first.
-
-    (median and quartiles), largest error against the first.
-    """
-    names = list(calls)
-    times: dict[str, list[float]] = {n: [] for n in names}
-    outputs = {n: calls[n](given).clone() for n in names}
-    for n in names:
-        calls[n](given)
-    for r in range(rounds):
-        for n in names[r % len(names) :] + names[: r % len(names)]:
-            start = time.perf_counter()
-            calls[n](given)
-            times[n].append(time.perf_counter() - start)
-    rows = {}
-    for n in names:
-        ratios = [a / b for a, b in zip(times[names[0]], times[n], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        error = (outputs[n] - outputs[names[0]]).abs().max().item()
-        rows[n] = {
-            "ms": statistics.median(times[n]) * 1e3,
-            "ratio": middle,
-            "low": low,
-            "high": high,
-            "error": error,
-        }
-    return rows
 
 
 def main() -> int:
@@ -154,12 +110,7 @@ def main() -> int:
         for shape in SHAPES:
             rows = race(calls, inputs(*shape), 5 if a.quick else a.rounds)
             result["shapes"]["x".join(map(str, shape))] = rows
-            print(f"\nbatch {shape[0]}, {shape[1]} tokens, {a.threads} threads: speed over original eager")
-            print(f"{'':22}{'ms':>9}{'ratio':>8}{'quartiles':>15}{'max error':>12}")
-            for name, r in rows.items():
-                print(
-                    f"{name:22}{r['ms']:>9.1f}{r['ratio']:>8.2f}{r['low']:>8.2f}-{r['high']:.2f}{r['error']:>14.1e}"
-                )
+            show(f"batch {shape[0]}, {shape[1]} tokens, {a.threads} threads", rows)
             best = max(rows["original eager"]["low"], rows["original sdpa"]["low"])
             if rows["attnc fused"]["high"] < best:
                 broken.append(f"attnc fused is slower than the faster of eager and sdpa at {shape}")

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnc.codegen.onnx.builder import OURS, Builder, torch_dtype
-from attnc.codegen.onnx.fused import Shared
+from attnc.codegen.onnx.guarded import Functions, Shared
 from attnc.codegen.onnx.linear import LinearForm, lower_linear
-from attnc.codegen.onnx.lower import Functions, Written, lower
+from attnc.codegen.onnx.lower import Written, lower
 from attnc.codegen.onnx.sites import Call
 from attnc.codegen.onnx.table import Row
 from attnc.codegen.onnx.translate import ATTEND, LINEAR
@@ -86,7 +86,7 @@ def tidy(model: ir.Model) -> None:
         passes.ClearMetadataAndDocStringPass(),
     ):
         step(model)
-    used = {n.domain for n in model.graph}
+    used = {n.domain for n in model.graph} | {d for f in model.functions.values() for d in f.opset_imports}
     for domain in [d for d in model.opset_imports if d and d not in used]:
         del model.opset_imports[domain]
     for domain in sorted(used):

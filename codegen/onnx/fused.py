@@ -15,15 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnc.codegen.onnx.builder import MICROSOFT, Builder
+from attnc.codegen.onnx.guarded import Functions, Shared, function_name, hides_nothing, one_of, unless
 from attnc.codegen.onnx.masks import keep
 from attnc.codegen.onnx.sites import ABSORBS, Call, Folded, Split
-from attnc.masks import Full, Mask
+from attnc.masks import Band, Full, Mask
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-Shared = dict[tuple[Any, ...], Any]
-"""Biases already written, by what they hold: sites with the same mask use one."""
 
 Written = tuple["ir.Value", dict[str, Any]]
 
@@ -37,6 +35,8 @@ def fuse(
     v: ir.Value,
     captured: Sequence[ir.Value],
     shared: Shared,
+    functions: Functions | None,
+    opset: int,
 ) -> Written:
     """Write ``call`` as ``operator``; return the output ``[B, H, Sq, Dv]`` and the attributes chosen.
 
@@ -48,8 +48,15 @@ def fuse(
     assert isinstance(folded, Folded), folded
     for gain in folded.gains:
         q = b.op("Mul", q, b.cast(named[gain], call.dtype), dtype=call.dtype)
-    bias = _bias(b, call, folded, split.rest, q, k, named, shared)
-    out, attributes = _WRITERS[operator](b, call, folded, split, (q, k, v), bias, named)
+    guard = None
+    if operator == "GroupQueryAttention" and split.guarded is not None and functions is not None:
+        guard = hides_nothing(b, split.guarded[1], q, k, named, shared)
+    bias = _bias(b, call, folded, split.rest, q, k, named, shared, guard)
+    if guard is None:
+        out, attributes = _WRITERS[operator](b, call, folded, split, (q, k, v), bias, named)
+    else:
+        qkv = (q, k, v)
+        out, attributes = _guarded(b, call, folded, split, qkv, bias, named, guard, functions, opset)
     if operator != "Attention" and _needs_zeros(call, folded):
         seen = _seen(b, call, split, bias, keep(b, call.spec.mask, q, k, named) if split.band else None)
         out = b.op("Where", seen, out, b.const(0.0, call.dtype), dtype=call.dtype)
@@ -86,24 +93,10 @@ def _group_query(
     bias: ir.Value | None,
     named: Mapping[str, ir.Value],
 ) -> Written:
-    attributes: dict[str, Any] = {
-        "num_heads": call.heads[0],
-        "kv_num_heads": call.heads[1],
-        "scale": folded.scale,
-        "causal": int(split.band is not None),
-    }
-    if folded.softcap:
-        attributes["softcap"] = folded.softcap
-    if split.band is not None and split.band.left is not None:
-        attributes["local_window_size"] = split.band.left + 1
-    q, k, v = (packed(b, x, n, d) for x, n, d in zip(qkv, _heads(call), _sizes(call), strict=True))
-    length = b.cast(b.size(qkv[1], 2), torch.int32)
-    last = b.op("Sub", length, b.const([1], torch.int32), dtype=torch.int32)
-    seqlens = b.op("Expand", last, b.size(qkv[0], 0), dtype=torch.int32)
-    tail = [None, None, None, bias, _head_sink(b, call, named)]
-    while tail and tail[-1] is None:
-        tail.pop()
-    ins = (q, k, v, None, None, seqlens, b.scalar(length), *tail)
+    attributes = _group_attributes(call, folded, split.band)
+    ins = _group_inputs(b, call, qkv, bias, named)
+    while ins[-1] is None:
+        ins.pop()
     out = b.op(
         "GroupQueryAttention",
         *ins,
@@ -114,6 +107,86 @@ def _group_query(
         **attributes,
     )
     return unpacked(b, out, call), attributes
+
+
+_BIAS = 10
+"""Which input of GroupQueryAttention the bias is."""
+
+
+def _group_attributes(call: Call, folded: Folded, band: Band | None) -> dict[str, Any]:
+    h, hkv, _, _ = call.numbers
+    out: dict[str, Any] = {
+        "num_heads": h,
+        "kv_num_heads": hkv,
+        "scale": folded.scale,
+        "causal": int(band is not None),
+    }
+    if folded.softcap:
+        out["softcap"] = folded.softcap
+    if band is not None and band.left is not None:
+        out["local_window_size"] = band.left + 1
+    return out
+
+
+def _group_inputs(
+    b: Builder,
+    call: Call,
+    qkv: tuple[ir.Value, ir.Value, ir.Value],
+    bias: ir.Value | None,
+    named: Mapping[str, ir.Value],
+) -> list[ir.Value | None]:
+    """Write the twelve inputs of GroupQueryAttention, the head sinks last."""
+    q, k, v = (packed(b, x, n, d) for x, n, d in zip(qkv, _heads(call), _sizes(call), strict=True))
+    length = b.cast(b.size(qkv[1], 2), torch.int32)
+    last = b.op("Sub", length, b.const([1], torch.int32), dtype=torch.int32)
+    seqlens = b.op("Expand", last, b.size(qkv[0], 0), dtype=torch.int32)
+    return [
+        q,
+        k,
+        v,
+        None,
+        None,
+        seqlens,
+        b.scalar(length),
+        None,
+        None,
+        None,
+        bias,
+        _head_sink(b, call, named),
+    ]
+
+
+def _guarded(
+    b: Builder,
+    call: Call,
+    folded: Folded,
+    split: Split,
+    qkv: tuple[ir.Value, ir.Value, ir.Value],
+    bias: ir.Value | None,
+    named: Mapping[str, ir.Value],
+    guard: ir.Value,
+    functions: Functions | None,
+    opset: int,
+) -> Written:
+    """Write causal attention without a bias where ``guard`` holds, else with the whole mask as a bias."""
+    assert split.guarded is not None, "the caller has a guard"
+    assert functions is not None, "the caller takes functions"
+    fast, slow = (_group_attributes(call, folded, band) for band in (split.guarded[0], None))
+    name = function_name(call, f"GroupQueryAttention {sorted(fast.items())}")
+    out = one_of(
+        b,
+        name,
+        "GroupQueryAttention",
+        guard,
+        _group_inputs(b, call, qkv, bias, named),
+        (((_BIAS,), fast), ((), slow)),
+        functions,
+        opset,
+        outputs=3,
+        dtype=call.dtype,
+        shape=_packed_shape(call, qkv[0]),
+    )
+    return unpacked(b, out, call), fast | {"causal": "where the mask hides nothing", "function": name}
 
 
 def _attention(
@@ -234,16 +307,36 @@ def _bias(
     k: ir.Value,
     named: Mapping[str, ir.Value],
     shared: Shared,
+    guard: ir.Value | None,
 ) -> ir.Value | None:
-    """Write all that is added to the scores as one tensor ``[1 or B, 1 or H, Sq, Sk]``, or return None."""
+    """Write all that is added to the scores as one tensor ``[1 or B, 1 or H, Sq, Sk]``, or return None.
+
+    Where ``guard`` holds it is not needed.
+    """
     if isinstance(mask, Full) and not folded.biases:
         return None
     ids = tuple(id(named[o]) for o in mask.operands)
     terms = tuple((id(named[n]), f) for n, f in folded.biases)
-    key = (str(mask), ids, str(call.spec.fill), terms, call.dtype, call.lengths)
-    if key in shared:
-        found: ir.Value = shared[key]
-        return found
+    key = (str(mask), ids, str(call.spec.fill), terms, call.dtype, call.lengths, guard is None)
+    if key not in shared:
+
+        def write(inner: Builder) -> ir.Value:
+            return _whole_bias(inner, call, folded, mask, q, k, named)
+
+        shared[key] = write(b) if guard is None else unless(b, guard, write, call.dtype)
+    found: ir.Value = shared[key]
+    return found
+
+
+def _whole_bias(
+    b: Builder,
+    call: Call,
+    folded: Folded,
+    mask: Mask,
+    q: ir.Value,
+    k: ir.Value,
+    named: Mapping[str, ir.Value],
+) -> ir.Value:
     total = _added(b, call, folded, named)
     if not isinstance(mask, Full):
         visible, hidden = keep(b, mask, q, k, named), b.const(bias_fill(call), call.dtype)
@@ -255,8 +348,7 @@ def _bias(
             total = b.op("Add", total, fill, dtype=call.dtype)
     assert total is not None, "a mask or a bias was written"
     shape = b.op("Concat", b.ints(1, 1), b.size(q, 2), b.size(k, 2), axis=0, dtype=torch.int64)
-    shared[key] = b.op("Expand", total, shape, dtype=call.dtype)
-    return shared[key]  # type: ignore[no-any-return]
+    return b.op("Expand", total, shape, dtype=call.dtype)
 
 
 def _added(b: Builder, call: Call, folded: Folded, named: Mapping[str, ir.Value]) -> ir.Value | None:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from attnc.codegen.onnx.builder import OURS, Builder
 from attnc.codegen.onnx.decompose import decompose
-from attnc.codegen.onnx.fused import Shared, fuse
+from attnc.codegen.onnx.fused import fuse
+from attnc.codegen.onnx.guarded import Functions, Shared, function_name
 from attnc.codegen.onnx.sites import Call
 from attnc.codegen.onnx.table import Row
-from attnc.ir import AttentionSpec, Operand
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-Functions = dict[str, "ir.Function"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,33 +40,16 @@ def lower(
     """Write ``call`` on ``inputs`` (q, k, v, captured); ``functions`` takes new ones, None means in line."""
     q, k, v, *captured = inputs
     if row is not None:
-        out, attributes = fuse(b, call, row.operator, q, k, v, captured, shared)
+        out, attributes = fuse(b, call, row.operator, q, k, v, captured, shared, functions, opset)
         return Written(out, None, row.operator, row.domain or "ai.onnx", attributes)
     if functions is None:
         out, lse = decompose(b, call.spec, q, k, v, captured, lse=call.lse_used)
         return Written(out, lse, "basic operators", "ai.onnx", {})
-    name = function_name(call)
+    name = function_name(call, f"lse={call.lse_used}")
     if name not in functions:
         functions[name] = _function(name, call, opset)
     out, *rest = b.ops(name, *inputs, domain=OURS, outputs=1 + call.lse_used, dtype=call.dtype)
     return Written(out, rest[0] if rest else None, name, OURS, {})
-
-
-def function_name(call: Call) -> str:
-    """Return ``Attention_<digest>``, equal where specs differ in sizes alone: a body reads its sizes."""
-
-    def sizeless(o: Operand) -> Operand:
-        return dataclasses.replace(o, shape=())
-
-    spec: AttentionSpec = dataclasses.replace(
-        call.spec,
-        q=sizeless(call.spec.q),
-        k=sizeless(call.spec.k),
-        v=sizeless(call.spec.v),
-        captured=tuple(map(sizeless, call.spec.captured)),
-    )
-    text = f"{spec} lse={call.lse_used}"
-    return f"Attention_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _function(name: str, call: Call, opset: int) -> ir.Function:

@@ -39,10 +39,15 @@ class Folded:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A mask as ``band``, an attribute (causal, maybe ``left + 1`` keys wide), and ``rest``, in the bias."""
+    """A mask as ``band``, an attribute (causal, maybe ``left + 1`` keys wide), and ``rest``, in the bias.
+
+    ``guarded`` holds a band and the other part of the mask, where the attribute means the same if, at run
+    time, that part hides nothing.
+    """
 
     band: Band | None
     rest: Mask
+    guarded: tuple[Band, Mask] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +113,14 @@ class Call:
         ``windows`` says that the operator has a window attribute, ``unequal`` that its causal attribute
         starts with the keys when Sq != Sk.  Beside a second part of the mask, or a bias that may hold -inf, a
         query may see no key: a finite fill spreads it over *all* keys and -inf gives NaN, and no attribute
-        does either; so everything stays in ``rest`` unless such rows are zero by a sink or by ``safe``.
+        does either; so everything stays in ``rest`` unless such rows are zero by a sink or by ``safe``.  Then
+        the band is ``guarded``, if the second part of the mask is known at run time alone.
         """
         mask, norm = self.spec.mask, self.spec.norm
         biased = any(isinstance(s, Bias) for s in self.spec.scores)
         zeros = self.spec.fill.value == -math.inf and (norm.sink is not None or (norm.safe and not biased))
         parts = mask.parts if isinstance(mask, And) else (mask,)
+        guarded = None
         for band in parts:
             if not isinstance(band, Band) or band.right != 0 or (band.left is not None and not windows):
                 continue
@@ -122,7 +129,9 @@ class Call:
             rest = both(*(p for p in parts if p is not band))
             if zeros or (isinstance(rest, Full) and not biased):
                 return Split(Band(band.left, 0), rest)
-        return Split(None, mask)
+            if not biased and rest.operands:
+                guarded = Band(band.left, 0), rest
+        return Split(None, mask, guarded)
 
     def may_see_nothing(self) -> bool:
         """Some query may see no key, for some length or run-time mask."""

@@ -149,7 +149,8 @@ def _fill_in_range(call: Call) -> str | None:
 
 
 def _no_causal_attribute(call: Call) -> str | None:
-    return "causal" if call.split(windows=True, unequal=False).band is not None else None
+    split = call.split(windows=True, unequal=False)
+    return "causal" if split.band is not None or split.guarded is not None else None
 
 
 def _sizes_known(call: Call) -> str | None:

@@ -236,8 +236,15 @@ def test_decoder_uses_grouped_attention_without_repeating_keys(tmp_path: Path) -
     first, second = (s.attributes for s in sites)
     assert (first["local_window_size"], first["softcap"], first["causal"]) == (4, 5.0, 1)
     # A query before the padding ends sees nothing and spreads over all keys: no causal attribute does that.
-    assert second["causal"] == 0
+    assert second["causal"] == "where the mask hides nothing"
     assert (second["num_heads"], second["kv_num_heads"]) == (4, 2)
+    found = operators(tmp_path / "m.onnx")
+    assert (found["GroupQueryAttention"], found[second["function"]], found["If"]) == (1, 1, 1)
+    session, module = Session(tmp_path / "m.onnx"), program.module()
+    for hidden in (0, 4, 9):
+        mask[0], mask[0, :hidden] = True, False
+        (got,) = session({"x": x, "mask": mask})
+        torch.testing.assert_close(got, module(x, mask), rtol=1e-5, atol=1e-5)
 
 
 def test_cross_attention_with_bias_and_unlike_head_sizes(tmp_path: Path) -> None:
