@@ -58,9 +58,9 @@ def open_model(path: str | os.PathLike[str]) -> ir.Model:
         with _quiet("onnx_ir"):
             try:
                 model = onnx_ir.serde.deserialize_model(proto)
+                _set_folder(model, place.absolute().parent)
             except (onnx_ir.serde.SerdeError, ValueError, TypeError, KeyError, NotImplementedError) as e:
                 raise CheckpointError(f"expected a valid model; onnx_ir cannot read it: {_root(e)}") from None
-    _set_folder(model, place.absolute().parent)
     return model
 
 

@@ -189,6 +189,8 @@ def _check_attributes(
                 raise CheckpointError(
                     f"{what}expected a function that declares {quoted(a.ref_attr_name)}, found none"
                 )
+            if a.type in (a.GRAPH, a.GRAPHS):
+                raise CheckpointError(f"{what}expected a graph of its own, found a reference to one")
             continue
         check_attribute(a, what)
         for graph in subgraphs((a,)):
@@ -231,21 +233,15 @@ def check_type(t: onnx.TypeProto, where: str) -> None:
     Raises:
         CheckpointError: an unknown element type, a map, or a size that is negative or no name.
     """
+    inside = False
     while t.WhichOneof("value") in ("sequence_type", "optional_type"):
-        inner = t.sequence_type if t.HasField("sequence_type") else t.optional_type
-        t = inner.elem_type
-        if t.WhichOneof("value") not in (
-            "tensor_type",
-            "sequence_type",
-            "optional_type",
-            "sparse_tensor_type",
-        ):
-            raise CheckpointError(
-                f"{where}: expected the type of what a sequence holds, found none that is known"
-            )
+        t = t.sequence_type.elem_type if t.HasField("sequence_type") else t.optional_type.elem_type
+        inside = True
     if t.HasField("map_type") or t.HasField("opaque_type"):
         raise CheckpointError(f"{where}: expected a tensor, found a map or an opaque type")
     tensor: Any = t.sparse_tensor_type if t.HasField("sparse_tensor_type") else t.tensor_type
+    if inside and not tensor.HasField("elem_type"):
+        raise CheckpointError(f"{where}: expected the type of what the sequence holds, found none")
     if tensor.HasField("elem_type") and tensor.elem_type and type_name(tensor.elem_type) is None:
         raise CheckpointError(f"{where}: expected an element type, found number {tensor.elem_type}")
     for axis, dim in enumerate(tensor.shape.dim):

@@ -18,6 +18,8 @@ from attnc.errors import CheckpointError
 
 LARGEST = 2**31 - 1
 """A protobuf message has at most so many bytes."""
+NUMBERS = 1 << 29
+"""Numbers of fields are smaller."""
 DEPTH = 100
 """Messages inside messages: what protobuf's own parsers allow."""
 FIELDS = 3_000_000
@@ -93,6 +95,8 @@ def scan(data: bytes) -> None:
         known, wire = top.fields.get(tag >> 3), tag & 7
         fields += 1
         if known is None:
+            if not 0 < tag >> 3 < NUMBERS:
+                raise _broken(start, f"field number {tag >> 3} in {top.name}")
             at = _skip(data, at, wire, top, start)
         elif wire == _LENGTH and known.inner is not None:
             at, end = _length(data, at, known, top, start)

@@ -261,9 +261,10 @@ def test_truncated_files_are_refused(share: float, tmp_path: Path):
     [
         (b"", "found an empty file"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a pointer of Git LFS; git lfs pull"),
-        (b"PK\x03\x04" + bytes(60), "wire type 3, which ONNX does not use"),
+        (b"PK\x03\x04" + bytes(60), "field number 0 in ModelProto"),
         (message(7, b"\x08\x01"), "GraphProto.node has wire type 0, not 2"),
         (b"\xff" * 40, "does not end"),
+        (b"\x7b\x7c", "wire type 3, which ONNX does not use"),
         (message(7, b"\x0a\xff\xff\xff\xff\x0f"), "is said to have 4294967295 bytes, 0 are left"),
         (message(7, b"abc", 2**40), "is said to have 1099511627776 bytes"),
         (message(7, b"") + message(7, b""), "ModelProto.graph is there twice"),
@@ -273,7 +274,7 @@ def test_truncated_files_are_refused(share: float, tmp_path: Path):
             "ModelProto.producer_name has 17,825,792 bytes of at most 16,777,216",
         ),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_bytes_that_are_no_model_are_refused(data: bytes, words: str, tmp_path: Path):
     assert words in refusal(stored(tmp_path, data))
@@ -489,6 +490,14 @@ def sparse(m: onnx.ModelProto) -> None:
     m.graph.sparse_initializer.add(dims=[4])
 
 
+def empty_sequence(m: onnx.ModelProto) -> None:
+    m.graph.input.add(name="q").type.sequence_type.elem_type.denotation = "IMAGE"
+
+
+def a_map(m: onnx.ModelProto) -> None:
+    m.graph.input.add(name="q").type.map_type.key_type = 7
+
+
 def two_attributes(m: onnx.ModelProto) -> None:
     m.graph.node[1].attribute.extend([helper.make_attribute("a", 1), helper.make_attribute("a", 2)])
 
@@ -532,6 +541,8 @@ def sparse_attribute(m: onnx.ModelProto) -> None:
         (no_graph, "expected a graph, found none"),
         (training, "expected a model for inference, found training_info"),
         (sparse, "expected dense initializers, found sparse ones"),
+        (empty_sequence, "value 'q': expected the type of what the sequence holds, found none"),
+        (a_map, "value 'q': expected a tensor, found a map or an opaque type"),
         (two_attributes, "node 1 (Relu): attributes: expected each name once, found 'a' twice"),
         (wrong_attribute, "attribute 'a': expected a value of type GRAPH alone, found ['i']"),
         (lost_reference, "attribute 'a': expected a function that declares 'b', found none"),
@@ -610,6 +621,13 @@ def test_functions_are_opened(tmp_path: Path):
 )
 def test_bad_functions_are_refused(functions: list[onnx.FunctionProto], words: str, tmp_path: Path):
     assert words in refusal(stored(tmp_path, calling(*functions)))
+
+
+def test_a_graph_by_reference_is_refused(tmp_path: Path):
+    f = function("F")
+    f.attribute.append("body")
+    f.node[0].attribute.add(name="g", ref_attr_name="body", type=onnx.AttributeProto.GRAPHS)
+    assert "expected a graph of its own, found a reference to one" in refusal(stored(tmp_path, calling(f)))
 
 
 def test_a_function_of_another_version_is_refused_where_an_operator_means_something_else(tmp_path: Path):
