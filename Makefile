@@ -19,10 +19,10 @@ export PYTHONHASHSEED ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all fuzz check dev links golden bench fmt lint types wheel
+.PHONY: help demo test test-all fuzz fuzz-files check dev links golden bench fmt lint types wheel
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMP)  ## a real checkpoint through the whole compiler
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -35,6 +35,9 @@ test-all: $(STAMP)  ## all tests; those that need a GPU are skipped where there 
 
 fuzz: $(STAMP)  ## N=20000 attention programs at random, rewritten and compared; failures go to build/fuzz
 	$(BIN)/python -m tests.fuzz -n $(N) $(ARGS)
+
+fuzz-files: $(STAMP)  ## N=20000 broken ONNX files, each opened or refused; failures go to build/fuzz-files
+	$(BIN)/python -m tests.fuzz_files -n $(N) $(ARGS)
 
 check: lint types test  ## what a change must pass: lint, types, tests (import direction and packaging among them)
 

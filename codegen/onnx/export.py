@@ -9,8 +9,6 @@ program gives the same bytes.
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +18,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument
 
 from attnc import logs
-from attnc.codegen.onnx import names, parity, runtime, table
+from attnc.codegen.onnx import names, parity, placing, runtime, table
 from attnc.codegen.onnx.assemble import assemble, sign
 from attnc.codegen.onnx.check import Checked, check_site
 from attnc.codegen.onnx.linear import choose_form
@@ -120,7 +118,7 @@ def export_model(
         or that disagrees.
     """
     path = Path(path)
-    _check_path(path, force)
+    old = placing.check_free(path, force)
     _check_program(program)
     program = flat(program)
     for args, kwargs in check_inputs or ():
@@ -130,7 +128,7 @@ def export_model(
     opset = max([capabilities.opset, *(d.choice.row.opset for d in decisions if d.choice.row)])
     base = convert(program, [d.call for d in decisions], opset)
     job = _Job(program, base, target, capabilities, opset, dim_names)
-    with _Sibling(path) as folder:
+    with placing.Sibling(path) as folder:
         temporary = folder / path.name
         sites, notes = job.write(decisions, temporary, external_data)
         checks = _compared(job, temporary, check_inputs, reference, tolerance)
@@ -143,23 +141,10 @@ def export_model(
             raise CodegenError(
                 f"ONNX export: the model disagrees with the reference: {bad[0]}; nothing was written"
             )
-        files = _move(folder, path)
+        files = placing.place(folder, path, old, force)
     for site in sites:
         log.info("%s: %s (%s)", site.id, site.operator, site.reason)
     return Exported(files, opset, tuple(sites), tuple(checks), notes)
-
-
-def _check_path(path: Path, force: bool) -> None:
-    if not path.parent.is_dir():
-        raise CodegenError(f"ONNX export: expected an existing folder {path.parent}, found none")
-    for file in (path, _weights_file(path)):
-        if file.is_dir() or (file.exists() and not force):
-            raise CodegenError(f"ONNX export: {file} exists; remove it, or ask to replace it with --force")
-
-
-def _weights_file(path: Path) -> Path:
-    """Return where large weights of the model at ``path`` go."""
-    return path.with_name(f"{path.name}.data")
 
 
 def _check_program(program: ExportedProgram) -> None:
@@ -266,14 +251,8 @@ def _certificate(site: SiteExport, call: Call) -> dict[str, Any]:
 
 
 def _save(model: ir.Model, path: Path, external: bool | None) -> None:
-    import onnx_ir as ir
-
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    external = size > EXTERNAL_AT if external is None else external
-    try:
-        ir.save(model, path, external_data=_weights_file(path).name if external else None)
-    except OSError as e:
-        raise CodegenError(f"ONNX export: cannot write {size / 1e6:.0f} MB beside {path.name}: {e}") from e
+    placing.save(model, path, size > EXTERNAL_AT if external is None else external)
 
 
 def _compared(
@@ -284,40 +263,3 @@ def _compared(
     tolerance: float | None,
 ) -> list[parity.Parity]:
     return parity.compare(path, job.program, inputs or (), reference, tolerance)
-
-
-class _Sibling:
-    """A temporary folder beside ``path``, removed in the end."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> Path:
-        try:
-            self._folder = Path(tempfile.mkdtemp(prefix=f".{self._path.name}.", dir=self._path.parent))
-        except OSError as e:
-            raise CodegenError(f"ONNX export: cannot write into {self._path.parent}: {e}") from e
-        return self._folder
-
-    def __exit__(self, *error: object) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _move(folder: Path, path: Path) -> tuple[Path, ...]:
-    """Flush the finished files to disk and rename them into place, weights first.
-
-    Raises:
-        CodegenError: the disk is full, or a file cannot be replaced.
-    """
-    files = sorted(folder.iterdir(), key=lambda f: f.name == path.name)
-    try:
-        for file in files:
-            with file.open("rb") as f:
-                os.fsync(f.fileno())
-        for file in files:
-            os.replace(file, path.with_name(file.name))
-        if len(files) == 1:
-            _weights_file(path).unlink(missing_ok=True)
-    except OSError as e:
-        raise CodegenError(f"ONNX export: cannot put {path} in place: {e}") from e
-    return tuple(path.with_name(f.name) for f in reversed(files))
