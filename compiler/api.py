@@ -24,13 +24,14 @@ from attnc.ir import Miss
 from attnc.ledger import Ledger
 from attnc.passes.rewrite.forms import Forms, parse_forms
 from attnc.passes.rewrite.quant.w8a8 import W8A8
+from attnc.past import holds_cache, is_opened, with_past
 from attnc.pipeline import Options, Outcome, run
 from attnc.records import INTERNAL, leave, said
 from attnc.report import Report
 from attnc.result import clone_module, make_result
 from attnc.result_ladder import Doors
 from attnc.result_lazy import InstanceForward
-from attnc.session import Session, session
+from attnc.session import Session, reference, session
 
 if TYPE_CHECKING:
     from attnc.ir import Kernel
@@ -160,6 +161,7 @@ def export_onnx(
     *,
     target: str = "ort-cpu",
     force: bool = False,
+    cache: bool = False,
     progress: Progress | None = None,
 ) -> list[Any]:
     """Write an ONNX file in which each rewritten site is the best operator of ``target``.
@@ -167,14 +169,22 @@ def export_onnx(
     Return what each site became.
 
     ``model`` is a result of ``optimize`` or anything ``optimize`` takes.  The file is run in ONNX Runtime
-    against the model before it gets its name.
+    against the model before it gets its name.  With ``cache``, or where a cache of transformers is among the
+    inputs, a decoder's keys and values of earlier positions go in as ``past_key_values.0.key`` and so on and
+    come out as ``present.0.key``; one file then serves the prompt (no positions yet) and every later step
+    (``attnc.past``).
 
     Raises:
+        CaptureError: ``cache`` for what is no decoder of transformers, or one whose cache cannot be opened.
         CodegenError: the conversion failed, or the file disagrees with the model.
         CheckpointError: the path exists and ``force`` is not given, or cannot be written.
     """
     from attnc.codegen.onnx.export import export
+    from attnc.codegen.onnx.lengths import check_free
 
+    if cache or holds_cache(args, kwargs):
+        model, kwargs = with_past(model, args, kwargs)
+        args = ()
     fast = (
         model
         if isinstance(model, nn.Module) and "_attnc" in model.__dict__
@@ -185,13 +195,15 @@ def export_onnx(
         raise RewriteError(
             "export_onnx: expected a model optimized with example inputs, found one not captured whole"
         )
+    if is_opened(fast):
+        check_free(state.attends[0])
     return export(
         state.attends[0],
         Path(path),
         target=cast(Any, target),
         force=force,
         check_inputs=[(state.args, state.kwargs)],
-        reference=fast,
+        reference=reference(fast),
     )
 
 

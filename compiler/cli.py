@@ -148,6 +148,12 @@ def export(
     target: Annotated[
         str, typer.Option(help="ort-cpu: one fused op per site; standard: plain ai.onnx ops.")
     ] = "ort-cpu",
+    with_past: Annotated[
+        bool,
+        typer.Option(
+            "--with-past", help="A decoder's keys and values go in and out; one file for all steps."
+        ),
+    ] = False,
     form: Forms = None,
     plan: PlanFile = None,
     attn: Attn = None,
@@ -164,7 +170,7 @@ def export(
     work.check_output(output, model, force)
     forms = work.read_forms(form or (), plan)
     with screen.working("export") as progress:
-        fast = work.ready(model, attn, (batch, length), forms, progress)
+        fast = work.ready(model, attn, (batch, length), forms, progress, with_past=with_past)
         progress(f"write {output.name}")
         became = export_onnx(fast, output, target=target, force=force)
     rows = work.exported_rows(became)

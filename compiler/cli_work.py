@@ -355,15 +355,29 @@ def optimize_opened(
 
 
 def ready(
-    path: str, attn: str | None, given: tuple[int, int | None], forms: Any, progress: Tick
+    path: str,
+    attn: str | None,
+    given: tuple[int, int | None],
+    forms: Any,
+    progress: Tick,
+    *,
+    with_past: bool = False,
 ) -> nn.Module:
-    """Return an optimized model to write in another form: rewritten now, or loaded as attnc saved it."""
+    """Return an optimized model to write in another form: rewritten now, or loaded as attnc saved it.
+
+    ``with_past`` opens the cache of a decoder (``attnc.past``).
+    """
+    from attnc import past
     from attnc.checkpoint import load
 
-    if is_saved(path):
+    if is_saved(path) and not with_past:
         progress(f"load {Path(path).name}")
         return load(path)
     opened = open_source(path, attn, given, progress)
+    if with_past:
+        progress("open the cache")
+        opened.model, opened.kwargs = past.with_past(opened.model, sizes=sizes(given))
+        opened.args = ()
     return optimize_opened(opened, forms, None, progress, cost_model=False)
 
 

@@ -26,6 +26,11 @@ class InstanceForward:
         self.__doc__ = self._original.__doc__
         self.__code__ = inspect.unwrap(type(model).forward).__code__  # torch.export names its sources by it
 
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The class's forward, on the clone's tensors."""
+        return self._original
+
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         """Refuse to be pickled: a captured program is no part of a pickle."""
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from attnc.errors import RewriteError
 from attnc.passes.rewrite.forms import Forms
 from attnc.pipeline import Outcome, portable
 from attnc.report import Report
+from attnc.result_lazy import InstanceForward
 
 if TYPE_CHECKING:
     from attnc.opening import Opened
@@ -62,3 +64,14 @@ def session(fast: nn.Module) -> Session:
             f"expected a module that attnc.optimize returned, found a plain {type(fast).__name__}"
         )
     return state
+
+
+def reference(fast: nn.Module) -> Callable[..., Any]:
+    """Return what a file made from ``fast`` is compared with: the original forward where that is the same.
+
+    It takes sizes of 0 and 1 as they come, where ``fast`` would capture a program for each.
+    """
+    forward = vars(fast).get("forward")
+    sites = session(fast).report.sites
+    bounded = any(s.contract == "BOUNDED" and s.status == "rewritten" for s in sites)
+    return forward.original if isinstance(forward, InstanceForward) and not bounded else fast

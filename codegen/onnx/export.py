@@ -109,7 +109,7 @@ def export_model(
     """Write ``program`` to ``path`` as ONNX for ``target`` and say what was written.
 
     ``check_inputs`` are (args, kwargs) on which the file is run against ``reference`` (default: the program
-    itself), and once more at another size where sizes are dynamic; None checks the sites alone.
+    itself), and again at other sizes where they are dynamic (``parity``); None checks the sites alone.
     ``tolerance`` is absolute, None derives it. ``dim_names`` names dynamic sizes by input and axis.
     ``external_data`` None decides by size.  Nothing is left at ``path`` unless all checks pass.
 
@@ -121,7 +121,8 @@ def export_model(
     old = placing.check_free(path, force)
     _check_program(program)
     program = flat(program)
-    for args, kwargs in check_inputs or ():
+    calls = [parity.by_name(program, *inputs) for inputs in check_inputs or ()]
+    for args, kwargs in calls:
         parity.leaves(program, args, kwargs)
     capabilities = table.load(target, runtime.version())
     decisions = _decide(find_calls(program), capabilities)
@@ -131,11 +132,11 @@ def export_model(
     with placing.Sibling(path) as folder:
         temporary = folder / path.name
         sites, notes = job.write(decisions, temporary, external_data)
-        checks = _compared(job, temporary, check_inputs, reference, tolerance)
+        checks = _compared(job, temporary, calls, reference, tolerance)
         if any(not c.ok for c in checks) and any(d.choice.row for d in decisions):
             decisions = _all_basic(decisions, next(c for c in checks if not c.ok))
             sites, notes = job.write(decisions, temporary, external_data)
-            checks = _compared(job, temporary, check_inputs, reference, tolerance)
+            checks = _compared(job, temporary, calls, reference, tolerance)
         bad = [c for c in checks if not c.ok]
         if bad:
             raise CodegenError(
@@ -258,8 +259,8 @@ def _save(model: ir.Model, path: Path, external: bool | None) -> None:
 def _compared(
     job: _Job,
     path: Path,
-    inputs: Sequence[parity.Inputs] | None,
+    inputs: Sequence[parity.Inputs],
     reference: parity.Reference | None,
     tolerance: float | None,
 ) -> list[parity.Parity]:
-    return parity.compare(path, job.program, inputs or (), reference, tolerance)
+    return parity.compare(path, job.program, inputs, reference, tolerance)

@@ -2,6 +2,8 @@
 
 Inputs keep the names of the forward's parameters, outputs get the keys of the output structure
 (``last_hidden_state``), sizes are ``batch`` and ``sequence`` where they are the first two axes of an input.
+A cache of (key, value) pairs is named as such files are: ``past_key_values.0.key``, ``present.0.value``, with
+``past_sequence`` positions.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from attnc.printer import parse
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+CACHES = ("past", "present")
+"""How arguments and outputs begin that hold keys and values of earlier tokens."""
 
 DimNames = Mapping[str, Mapping[int, str]]
 """Names of dynamic sizes by input name and axis."""
@@ -36,12 +41,36 @@ def input_nodes(program: ExportedProgram) -> list[fx.Node]:
     return [nodes[n] for n in names]
 
 
+def input_names(program: ExportedProgram) -> list[str]:
+    """Return the name of each input, in the order of ``input_nodes``.
+
+    That is the placeholder's, and for the layers of a cache ``past_key_values.0.key``.
+    """
+    nodes, spec = input_nodes(program), program.call_spec.in_spec
+    paths = _paths(spec) if spec is not None else []
+    if len(paths) != len(nodes):
+        return [n.name for n in nodes]
+    out = []
+    for node, (_, first, *rest) in zip(nodes, paths, strict=True):
+        head = node.name.removesuffix("_" + "_".join(rest)) if rest else first
+        out.append(_cache_name((head, *rest)) or node.name)
+    return out
+
+
+def _cache_name(path: Sequence[str]) -> str | None:
+    """Return the name of a tensor in a list of (key, value) pairs that is called past or present."""
+    if len(path) != 3 or not path[0].startswith(CACHES) or not path[1].isdigit():
+        return None
+    return f"{path[0]}.{path[1]}.{ {'0': 'key', '1': 'value'}.get(path[2], path[2]) }"
+
+
 def output_names(program: ExportedProgram) -> list[str]:
     """Return one name per tensor that the program gives back, from the keys of its output structure."""
     spec = program.call_spec.out_spec
     kind = torch.export.graph_signature.OutputKind.USER_OUTPUT
     specs = [s for s in program.graph_signature.output_specs if s.kind == kind]
-    paths = ["_".join(p) or "output" for p in _paths(spec)] if spec is not None else []
+    found = _paths(spec) if spec is not None else []
+    paths = [_cache_name(p) or "_".join(p) or "output" for p in found]
     if len(paths) != len(specs):
         paths = [f"output_{i}" for i in range(len(specs))]
     constant = torch.export.graph_signature.ConstantArgument
@@ -70,12 +99,13 @@ def _keys(spec: Any, count: int) -> list[str]:
 
 def rename_inputs(model: ir.Model, program: ExportedProgram) -> None:
     """Give the graph's inputs the names of the program's; an output may have taken one."""
-    nodes = [n for n in input_nodes(program) if isinstance(n.meta.get("val"), torch.Tensor)]
+    named = zip(input_nodes(program), input_names(program), strict=True)
+    names = [name for node, name in named if isinstance(node.meta.get("val"), torch.Tensor)]
     inner = {v.name: v for n in model.graph for v in n.outputs}
-    for value, node in zip(model.graph.inputs, nodes, strict=True):
-        if value.name != node.name and node.name in inner:
-            inner[node.name].name = f"{node.name}_inner"
-        value.name = node.name
+    for value, name in zip(model.graph.inputs, names, strict=True):
+        if value.name != name and name in inner:
+            inner[name].name = f"{name}_inner"
+        value.name = name
 
 
 def rename_outputs(model: ir.Model, names: Sequence[str]) -> None:
@@ -105,25 +135,27 @@ def size_names(program: ExportedProgram, given: DimNames | None) -> dict[str, st
     """
     classes = _equal_sizes(program)
     out: dict[str, str] = {}
-    for node in input_nodes(program):
+    for node, shown in zip(input_nodes(program), input_names(program), strict=True):
         value = node.meta.get("val")
         for axis, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
             symbol = str(size)
             if not isinstance(size, torch.SymInt) or not symbol.isidentifier():
                 continue
             first = classes.get(symbol, symbol)
-            name = (given or {}).get(node.name, {}).get(axis)
+            name = (given or {}).get(shown, {}).get(axis)
             if name is not None:
                 out[first] = name
             elif first not in out:
-                out[first] = _fresh(node.name, axis, set(out.values()))
+                out[first] = _fresh(shown, axis, set(out.values()))
             out[symbol] = out[first]
     return out
 
 
-def _fresh(node: str, axis: int, taken: set[str]) -> str:
-    plain = {0: "batch", 1: "sequence"}.get(axis, f"{node}_dim{axis}")
-    return plain if plain not in taken else f"{node}_{plain}"
+def _fresh(name: str, axis: int, taken: set[str]) -> str:
+    plain = {0: "batch", 1: "sequence"}.get(axis, f"{name}_dim{axis}")
+    if axis == 2 and name.endswith((".key", ".value")):
+        plain = "past_sequence"
+    return plain if plain not in taken else f"{name}_{plain}"
 
 
 def _equal_sizes(program: ExportedProgram) -> dict[str, str]:
@@ -173,16 +205,22 @@ def _pairs(node: fx.Node) -> list[tuple[str, str]]:
 
 
 def rename_sizes(model: ir.Model, names: Mapping[str, str]) -> None:
-    """Replace symbols in the shapes of all values, expressions such as ``2*s77`` included."""
+    """Replace symbols in the shapes of all values, expressions such as ``2*s77`` included.
+
+    A size that torch proved to be a number, and wrote as a symbol called ``8``, becomes that number.
+    """
     import onnx_ir as ir
 
-    if not names:
-        return
-    pattern = re.compile(r"\b(" + "|".join(map(re.escape, sorted(names))) + r")\b")
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, sorted(names))) + r")\b") if names else None
+
+    def renamed(size: int | str | None) -> int | str | None:
+        if not isinstance(size, str):
+            return size
+        text = pattern.sub(lambda m: names[m[1]], size) if pattern else size
+        return int(text) if text.isdigit() else text
+
     values = [*model.graph.inputs, *model.graph.outputs, *(v for n in model.graph for v in n.outputs)]
     for value in values:
         if value.shape is not None:
             dims = [d if isinstance(d, int) else d.value for d in value.shape]
-            value.shape = ir.Shape(
-                [pattern.sub(lambda m: names[m[1]], d) if isinstance(d, str) else d for d in dims]
-            )
+            value.shape = ir.Shape([renamed(d) for d in dims])

@@ -1,4 +1,7 @@
-"""Compare a written model, run by ONNX Runtime, with the program it came from, at several sizes."""
+"""Compare a written model, run by ONNX Runtime, with the program it came from, at several sizes.
+
+A model with a past is also run with an empty one and with one new position (``lengths``).
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,13 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from attnc.codegen.onnx.names import input_nodes
+from attnc import logs
+from attnc.codegen.onnx.lengths import edges
+from attnc.codegen.onnx.names import input_names, input_nodes
 from attnc.codegen.onnx.runtime import Session, failures
 from attnc.errors import CodegenError
+
+log = logs.get("codegen")
 
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 Reference = Callable[..., Any]
@@ -23,12 +30,16 @@ Reference = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """One comparison: the sizes of the first input, the output with the worst error, and its tolerance."""
+    """One comparison: the sizes of the first input, the output with the worst error, and its tolerance.
+
+    ``refused`` holds the words with which the runtime gave up, if it did.
+    """
 
     shape: tuple[int, ...]
     output: str
     error: float
     tolerance: float
+    refused: str = ""
 
     @property
     def ok(self) -> bool:
@@ -37,6 +48,8 @@ class Parity:
 
     def __str__(self) -> str:
         sizes = "x".join(map(str, self.shape))
+        if self.refused:
+            return f"the run at {sizes}: {self.refused}"
         return f"{self.output} at {sizes}: error {self.error:.1e}, tolerance {self.tolerance:.1e}"
 
 
@@ -47,28 +60,39 @@ def compare(
     reference: Reference | None,
     tolerance: float | None,
 ) -> list[Parity]:
-    """Run the model at ``path`` and the reference on ``inputs``, and at a second size if sizes are dynamic.
+    """Run the model at ``path`` and the reference on ``inputs``, and at more sizes if sizes are dynamic.
 
-    The reference is by default ``program`` itself.
+    The reference is by default ``program`` itself; then what it does not accept is not run.
 
     Raises:
-        CodegenError: ONNX Runtime refuses the model, or the inputs are not the program's.
+        CodegenError: ONNX Runtime does not load the model, or the inputs are not the program's.
     """
     try:
         session = Session(path)
-        run = reference or program.module()
-        return [
-            _one(session, program, run, args, kwargs, tolerance) for args, kwargs in _all(program, inputs)
-        ]
     except failures() as e:
         raise CodegenError(f"ONNX export: ONNX Runtime refuses the model: {str(e).splitlines()[0]}") from e
+    run = reference or program.module()
+    pairs = [(i, True) for i in inputs]
+    if inputs:
+        second = other_size(program, *inputs[0])
+        pairs += [(second, True)] if second is not None else []
+        pairs += [(i, False) for i in _at_edges(program, *inputs[0])]
+    out = []
+    for (args, kwargs), must_run in pairs:
+        found = _one(session, program, run, args, kwargs, tolerance, must_run)
+        out += [found] if found is not None else []
+    return out
 
 
-def _all(program: ExportedProgram, inputs: Sequence[Inputs]) -> Iterator[Inputs]:
-    yield from inputs
-    second = other_size(program, *inputs[0]) if inputs else None
-    if second is not None:
-        yield second
+def by_name(program: ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
+    """Return a call with those positional inputs by name that the program was captured with by name."""
+    spec = program.call_spec.in_spec
+    assert spec is not None, "an exported program knows its call"
+    children = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
+    first, keys = children[0], [k for k in children[1].context if k not in kwargs]
+    count = first.num_children if hasattr(first, "num_children") else len(first.children_specs)
+    left = args[:count] + args[count + len(keys) :]
+    return left, {**dict(zip(keys, args[count:], strict=False)), **kwargs}
 
 
 def leaves(program: ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -95,19 +119,42 @@ def other_size(program: ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[
     Values are those of the given inputs, so ids stay ids.
     """
     flat = leaves(program, args, kwargs)
-    nodes, sizes = input_nodes(program), dict[Any, int]()
-    for node, x in zip(nodes, flat, strict=True):
+    sizes = _sizes(program, flat)
+    for symbol, size in sizes.items():
+        least, most = _range(program, symbol)
+        half = size // 2 + 1 if size > 2 else size + 1
+        sizes[symbol] = int(min(max(half, least), most))
+    return _call(program, flat, sizes, args, kwargs) if sizes else None
+
+
+def _at_edges(program: ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Inputs]:
+    """Yield the call with an empty past, and with one new position, if there is a past."""
+    flat = leaves(program, args, kwargs)
+    for sizes in edges(program, _sizes(program, flat)):
+        yield _call(program, flat, sizes, args, kwargs)
+
+
+def _sizes(program: ExportedProgram, flat: Sequence[Any]) -> dict[Any, int]:
+    """Return the size of each symbol that is an axis of an input."""
+    sizes = dict[Any, int]()
+    for node, x in zip(input_nodes(program), flat, strict=True):
         for symbol, size in _symbols(node, x):
-            least, most = _range(program, symbol)
-            half = size // 2 + 1 if size > 2 else size + 1
-            sizes.setdefault(symbol, int(min(max(half, least), most)))
-    if not sizes:
-        return None
-    for i, (node, x) in enumerate(zip(nodes, flat, strict=True)):
-        flat[i] = _resized(node, x, sizes)
-    keys = list(kwargs)
-    _, spec = pytree.tree_flatten((tuple(args), {k: kwargs[k] for k in _program_order(program, keys)}))
-    new_args, new_kwargs = pytree.tree_unflatten(flat, spec)
+            sizes.setdefault(symbol, size)
+    return sizes
+
+
+def _call(
+    program: ExportedProgram,
+    flat: Sequence[Any],
+    sizes: Mapping[Any, int],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Inputs:
+    """Return the call with its tensors cut or repeated to ``sizes``."""
+    resized = [_resized(n, x, sizes) for n, x in zip(input_nodes(program), flat, strict=True)]
+    order = {k: kwargs[k] for k in _program_order(program, list(kwargs))}
+    _, spec = pytree.tree_flatten((tuple(args), order))
+    new_args, new_kwargs = pytree.tree_unflatten(resized, spec)
     return new_args, new_kwargs
 
 
@@ -153,13 +200,24 @@ def _one(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     tolerance: float | None,
-) -> Parity:
-    nodes, flat = input_nodes(program), leaves(program, args, kwargs)
-    feeds = {n.name: x for n, x in zip(nodes, flat, strict=True) if isinstance(x, torch.Tensor)}
-    with torch.no_grad():
-        expected = _tensors(run(*args, **kwargs))
-    found = session(feeds)
+    must_run: bool,
+) -> Parity | None:
+    """Compare one call; None if the reference fails on it and need not run."""
+    names, flat = input_names(program), leaves(program, args, kwargs)
+    feeds = {n: x for n, x in zip(names, flat, strict=True) if isinstance(x, torch.Tensor)}
     shape = tuple(next(iter(feeds.values())).shape) if feeds else ()
+    try:
+        with torch.no_grad():
+            expected = _tensors(run(*args, **kwargs))
+    except Exception as e:  # whatever a model raises at sizes that it was not made for
+        if must_run:
+            raise
+        log.warning("not compared at %s: the model itself fails there: %s", shape, e)
+        return None
+    try:
+        found = session(feeds)
+    except failures() as e:
+        return Parity(shape, "outputs", math.inf, 0.0, str(e).splitlines()[0])
     if len(found) != len(expected):
         raise CodegenError(f"ONNX export: expected {len(expected)} outputs, found {session.outputs}")
     relative = model_tolerance(program) if tolerance is None else 0.0
