@@ -168,3 +168,17 @@ def test_names_and_sizes_are_those_of_files_with_a_past(exported: tuple[Any, Pat
     assert {v.name: shape(v) for v in graph.output} == {"logits": ["batch", "sequence", VOCABULARY]} | {
         f"present.{layer}": ["batch", heads, whole, 8] for layer in layers
     }
+
+
+@pytest.mark.slow
+def test_command_line_exports_a_folder_with_its_past(tmp_path: Path) -> None:
+    from attnc import cli
+
+    model_of("gpt2", "sdpa").save_pretrained(tmp_path / "model")
+    path = tmp_path / "m.onnx"
+    assert cli.main(["export", str(tmp_path / "model"), "-o", str(path), "--with-past"]) == 0
+    session = Session(path)
+    assert session.inputs[3:5] == ["past_key_values.0.key", "past_key_values.0.value"]
+    logits, past = step(session, *prompt(9), empty(session, path, 2))
+    assert logits.shape == (2, 9, VOCABULARY)
+    assert past["past_key_values.1.value"].shape == (2, 4, 9, 8)
