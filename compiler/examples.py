@@ -107,9 +107,13 @@ def from_recipe(made: Any, generator: torch.Generator | None = None) -> Any:
 
 
 def _returns_cache(config: Any) -> bool:
-    """Whether the forward returns a cache unless told not to; BERT-like encoders do not."""
-    encoder = getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention")
-    return bool(getattr(config, "use_cache", False)) and (config.is_encoder_decoder or not encoder)
+    """Whether the forward returns a cache unless told not to."""
+    return bool(getattr(config, "use_cache", False)) and (config.is_encoder_decoder or not is_encoder(config))
+
+
+def is_encoder(config: Any) -> bool:
+    """Whether the model is an encoder, though its class could be a decoder too, as BERT's can."""
+    return getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention")
 
 
 def _describe(x: torch.Tensor) -> dict[str, Any]:

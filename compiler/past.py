@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from attnc.errors import CaptureError
-from attnc.examples import SEED, Sizes, odd_length
+from attnc.examples import SEED, Sizes, is_encoder, odd_length
 from attnc.result import clone_module
 from attnc.verify_model import check_model
 
@@ -239,8 +239,8 @@ def _has_tensor(value: Any) -> bool:
 def _check_decoder(model: Any) -> None:
     accepted = inspect.signature(type(model).forward).parameters
     modeling = sys.modules.get("transformers.modeling_utils")
-    ours = modeling is not None and isinstance(model, modeling.PreTrainedModel)
-    if not ours or PAST not in accepted or model.config.is_encoder_decoder:
+    ours = modeling is not None and isinstance(model, modeling.PreTrainedModel) and PAST in accepted
+    if not ours or is_encoder(model.config) or model.config.is_encoder_decoder:
         raise CaptureError(
             f"{type(model).__name__}: expected a decoder of transformers, whose forward takes {PAST}\n"
             "  try: for a module of your own that takes and returns its past as tensors, export it as it is, "

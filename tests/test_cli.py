@@ -320,6 +320,12 @@ def test_export_says_what_each_site_became(api, bert, capsys, tmp_path):
     error_line(code, err, "exists already")
 
 
+def test_export_with_past_asks_for_a_decoder(api, bert, capsys, tmp_path):
+    code, _, err = run(capsys, "export", bert, "-o", tmp_path / "m.onnx", "--with-past")
+    error_line(code, err, "BertModel: expected a decoder of transformers")
+    assert not (tmp_path / "m.onnx").exists()
+
+
 def test_emit_report_compiles_each_different_kernel_once(api, bert, capsys, tmp_path, monkeypatch):
     from attnc.codegen.triton import aot
 

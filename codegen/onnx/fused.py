@@ -17,6 +17,7 @@ import torch
 from attnc.codegen.onnx.builder import MICROSOFT, Builder
 from attnc.codegen.onnx.guarded import Functions, Shared, function_name, hides_nothing, one_of, unless
 from attnc.codegen.onnx.masks import keep
+from attnc.codegen.onnx.sinks import head_sink, sink_column
 from attnc.codegen.onnx.sites import ABSORBS, Call, Folded, Split
 from attnc.masks import Band, Full, Mask
 
@@ -46,12 +47,17 @@ def fuse(
     folded = call.folded()
     split = call.split(windows=operator == "GroupQueryAttention", unequal=operator == "Attention")
     assert isinstance(folded, Folded), folded
+    sink = head_sink(b, call, named) if operator == "Attention" else None
+    if sink is not None:
+        split = Split(None, call.spec.mask)  # a causal attribute would hide the sink's column
     for gain in folded.gains:
         q = b.op("Mul", q, b.cast(named[gain], call.dtype), dtype=call.dtype)
     guard = None
     if operator == "GroupQueryAttention" and split.guarded is not None and functions is not None:
         guard = hides_nothing(b, split.guarded[1], q, k, named, shared)
     bias = _bias(b, call, folded, split.rest, q, k, named, shared, guard)
+    if sink is not None:
+        k, v, bias = sink_column(b, call, sink, q, k, v, bias)
     if guard is None:
         out, attributes = _WRITERS[operator](b, call, folded, split, (q, k, v), bias, named)
     else:
@@ -152,7 +158,7 @@ def _group_inputs(
         None,
         None,
         bias,
-        _head_sink(b, call, named),
+        head_sink(b, call, named),
     ]
 
 
@@ -360,17 +366,6 @@ def _added(b: Builder, call: Call, folded: Folded, named: Mapping[str, ir.Value]
             term = b.op("Mul", term, b.const(factor, call.dtype), dtype=call.dtype)
         total = term if total is None else b.op("Add", total, term, dtype=call.dtype)
     return total
-
-
-def _head_sink(b: Builder, call: Call, named: Mapping[str, ir.Value]) -> ir.Value | None:
-    """Return the sink logits ``[H]`` in the site's type, or None."""
-    sink = call.spec.norm.sink
-    if sink is None:
-        return None
-    if isinstance(sink, str):
-        flat = b.op("Reshape", named[sink], b.ints(-1))
-        return b.op("Expand", b.cast(flat, call.dtype), b.ints(call.numbers[0]), dtype=call.dtype)
-    return b.const([sink] * call.numbers[0], call.dtype)
 
 
 def _needs_zeros(call: Call, folded: Folded) -> bool:

@@ -191,15 +191,19 @@ def _multiple_of_8(call: Call) -> str | None:
 
 def _no_added_bias(call: Call) -> str | None:
     folded = call.folded()
-    return "a bias may hold rows of -inf" if not isinstance(folded, str) and folded.biases else None
+    biased = not isinstance(folded, str) and folded.biases and call.spec.norm.sink is None
+    return "a bias may hold rows of -inf" if biased else None
 
 
 def _no_empty_rows(call: Call) -> str | None:
-    return "a query may see no key" if call.may_see_nothing() else None
+    """A sink is written as a key that every query sees."""
+    empty = call.may_see_nothing() and call.spec.norm.sink is None
+    return "a query may see no key" if empty else None
 
 
 def _empty_rows_not_nan(call: Call) -> str | None:
-    empty = call.may_see_nothing() and call.spec.fill.value == -math.inf and not call.spec.norm.safe
+    norm, hides = call.spec.norm, call.spec.fill.value == -math.inf
+    empty = call.may_see_nothing() and hides and not norm.safe and norm.sink is None
     return "a query that sees no key must give NaN" if empty else None
 
 

@@ -43,9 +43,22 @@ _NOISY = ("torch.onnx._internal.exporter._registration", "torch.onnx._internal.e
 def flat(program: ExportedProgram) -> ExportedProgram:
     """Return ``program`` without writes in place and with the bodies of ``torch.no_grad`` regions in line.
 
-    So it has the nodes that conversion meets, in their order.
+    So it has the nodes that conversion meets, in their order.  Sites keep their ids.
     """
-    return program if is_functional(program) else functional_program(program)
+    if is_functional(program):
+        return program
+    functional = functional_program(program)
+    before, after = _attends(program.graph), _attends(functional.graph)
+    if [n.args[-1] for n in before] == [n.args[-1] for n in after]:
+        for old, new in zip(before, after, strict=True):
+            new.meta["attnc"] = _meta(old)
+    return functional
+
+
+def _attends(graph: fx.Graph) -> list[fx.Node]:
+    """Return the attend nodes that reach an output, in the order of the graph."""
+    live = _live(graph)
+    return [n for n in graph.nodes if n in live and is_attend(n)]
 
 
 def find_calls(program: ExportedProgram) -> list[Call]:
@@ -55,8 +68,7 @@ def find_calls(program: ExportedProgram) -> list[Call]:
         CodegenError: a site that has dropout.
     """
     live = _live(program.graph)
-    nodes = [n for n in program.graph.nodes if n in live and is_attend(n)]
-    return [_call(i, n, live) for i, n in enumerate(nodes)]
+    return [_call(i, n, live) for i, n in enumerate(_attends(program.graph))]
 
 
 def _live(graph: fx.Graph) -> set[fx.Node]:

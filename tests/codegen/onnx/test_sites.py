@@ -145,7 +145,28 @@ CASES = {
         f"{CROSS_GROUPED} scale(0.3) mask=padding(key,m) fill(replace,-inf) softmax {PAD_N}",
         "",
     ),
-    "odd-sink": (f"{ODD} mask=causal fill(replace,-inf) softmax(sink=z) with z=h[4]:float32", ""),
+    "odd-sink": (f"{ODD} mask=causal fill(replace,-inf) softmax(sink=z) with z=h[4]:float32", "Attention"),
+    "past-sink": (
+        f"{CROSS_GROUPED} scale(0.3) mask=(window(left=2,right=0,align=end) & padding(key,m)) "
+        f"fill(add,{LEAST!r}) softmax(sink=z) {PAD_N} with z=h[4]:float32",
+        "Attention",
+    ),
+    "past-sink-softcap-inf": (
+        f"{CROSS_GROUPED} softcap(4.0) mask=(causal(end) & padding(key,m)) fill(replace,-inf) "
+        f"softmax(sink=0.0) {PAD_N}",
+        "Attention",
+    ),
+    "past-sink-bias": (
+        f"{CROSS_GROUPED} bias(p) mask=causal(end) fill(replace,-inf) softmax(sink=z) "
+        "with p=bhqk[b,1,s,n]:float32 with z=h[4]:float32",
+        "Attention",
+    ),
+    "sink-alone": (f"{CROSS} mask=none softmax(sink=z) with z=h[4]:float32", "Attention"),
+    "past-window-softcap": (
+        f"{CROSS_GROUPED} softcap(4.0) mask=(window(left=2,right=0,align=end) & padding(key,m)) "
+        f"fill(add,{LEAST!r}) softmax {PAD_N}",
+        "Attention",
+    ),
     "gain-per-key": (f"{SELF} gain(t) mask=none softmax with t=bhqk[1,1,1,s]:float32", ""),
     "scale-after-softcap": (f"{SELF} softcap(5.0) scale(0.5) mask=none softmax", ""),
     "small-fill": (f"{SELF} mask=padding(key,m) fill(replace,-10.0) softmax {PAD}", ""),
@@ -192,6 +213,14 @@ def test_basic_operators_compute_the_spec_at_opset_18(name: str) -> None:
     assert checked.ok, checked
 
 
+@pytest.mark.parametrize("name", ["odd-sink", "past-sink-softcap-inf", "past-sink-bias", "sink-alone"])
+def test_standard_attention_takes_a_sink_as_one_more_key(name: str) -> None:
+    row = load("standard-23").rows[0]
+    call = call_of(CASES[name][0])
+    assert row.refuses(call) is None
+    assert check_site(call, row, row.opset).ok
+
+
 def test_random_inputs_hold_a_query_that_sees_nothing() -> None:
     call = call_of(CASES["padding-inf"][0])
     feeds = random_inputs(call, 2, 9, 9)
@@ -214,7 +243,7 @@ def test_finite_fill_gives_the_mean_of_all_values_where_nothing_is_seen() -> Non
     [
         ("softcap", "MultiHeadAttention"),
         ("causal-cross-inf", "Attention"),
-        ("sink", "Attention"),
+        ("sink", "MultiHeadAttention"),
     ],
 )
 def test_check_catches_an_operator_that_cannot_do_it(name: str, operator: str) -> None:
