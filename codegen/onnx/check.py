@@ -28,18 +28,22 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
+HALF = (torch.float16, torch.bfloat16)
+SLACK = 3
+"""Two runs in half precision may be so many typical errors apart: one from fp64, and the other twice."""
+
+
 @dataclass(frozen=True, slots=True)
 class Checked:
     """The greatest error of a site beside the tolerance, or the words with which the runtime refused it.
 
-    ``in_float32`` says that not the site was run but the same in float32.  ``typical`` is ``typical_error``.
+    ``in_float32`` says that not the site was run but the same in float32.
     """
 
     error: float
     tolerance: float
     refused: str = ""
     in_float32: bool = False
-    typical: float = 0.0
 
     @property
     def ok(self) -> bool:
@@ -48,13 +52,17 @@ class Checked:
 
 
 def check_site(call: Call, row: Row | None, opset: int) -> Checked:
-    """Run ``call`` written as ``row`` says (None: basic operators) at several lengths; see the module."""
+    """Run ``call`` written as ``row`` says (None: basic operators) at several lengths; see the module.
+
+    The worst case of half precision is wider than what a wrong mask does, so a fused operator has to stay
+    within ``SLACK`` typical errors there; basic operators, which have no other choice behind them, have not.
+    """
     worst = Checked(0.0, 0.0)
     try:
         session = Session(site_model(call, row, opset))
         for b, sq, sk in _sizes(call):
             for feeds in _feeds(call, b, sq, sk):
-                found = _compare(call, session, feeds)
+                found = _compare(call, session, feeds, row is not None and call.dtype in HALF)
                 if not found.ok:
                     return found
                 worst = max(worst, found, key=lambda c: c.error)
@@ -192,7 +200,7 @@ def random_inputs(call: Call, b: int, sq: int, sk: int) -> dict[str, torch.Tenso
     return out
 
 
-def _compare(call: Call, session: Session, feeds: Mapping[str, torch.Tensor]) -> Checked:
+def _compare(call: Call, session: Session, feeds: Mapping[str, torch.Tensor], typical: bool) -> Checked:
     expected = _run(call, feeds)
     (found,) = session(feeds)
     if found.shape != expected.shape:
@@ -200,7 +208,8 @@ def _compare(call: Call, session: Session, feeds: Mapping[str, torch.Tensor]) ->
     if not torch.equal(expected.isnan(), found.isnan()):
         return Checked(math.inf, 0.0, "rows that see no key differ: NaN on one side alone")
     error = (expected.double() - found.double()).nan_to_num(0.0).abs().max().item()
-    return Checked(error, tolerance(call, feeds), typical=typical_error(call, feeds))
+    bound = tolerance(call, feeds)
+    return Checked(error, min(bound, SLACK * typical_error(call, feeds)) if typical else bound)
 
 
 def tolerance(call: Call, feeds: Mapping[str, torch.Tensor]) -> float:
