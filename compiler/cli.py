@@ -146,7 +146,11 @@ def export(
     model: Model,
     output: Output,
     target: Annotated[
-        str, typer.Option(help="ort-cpu: one fused op per site; standard: plain ai.onnx ops.")
+        str,
+        typer.Option(
+            help="ort-cpu, ort-cuda: ONNX Runtime's fused operators; standard, standard-23, standard-24: "
+            "ai.onnx of that opset (18)."
+        ),
     ] = "ort-cpu",
     with_past: Annotated[
         bool,

@@ -20,7 +20,7 @@ from torch.export.graph_signature import ConstantArgument
 from attnc import logs
 from attnc.codegen.onnx import names, parity, placing, runtime, table
 from attnc.codegen.onnx.assemble import assemble, sign
-from attnc.codegen.onnx.check import Checked, check_site
+from attnc.codegen.onnx.check import Checked, check_in_float32, check_site
 from attnc.codegen.onnx.linear import choose_form
 from attnc.codegen.onnx.sites import Call
 from attnc.codegen.onnx.translate import LINEAR, convert, find_calls, flat
@@ -128,7 +128,8 @@ def export_model(
     decisions = _decide(find_calls(program), capabilities)
     opset = max([capabilities.opset, *(d.choice.row.opset for d in decisions if d.choice.row)])
     base = convert(program, [d.call for d in decisions], opset)
-    job = _Job(program, base, target, capabilities, opset, dim_names)
+    can_run = not any(d.checked.in_float32 for d in decisions)
+    job = _Job(program, base, target, capabilities, opset, dim_names, can_run)
     with placing.Sibling(path) as folder:
         temporary = folder / path.name
         sites, notes = job.write(decisions, temporary, external_data)
@@ -177,8 +178,12 @@ def _decide_one(call: Call, capabilities: table.Table) -> _Decision:
     for choice in table.candidates(call, capabilities):
         opset = max(capabilities.opset, choice.row.opset if choice.row else 0)
         checked = check_site(call, choice.row, opset)
+        if checked.refused and not capabilities.measured:
+            checked = check_in_float32(call, choice.row, opset)
         if checked.ok:
             reason = "; ".join(failed) if failed else choice.reason
+            if choice.row is not None and not choice.row.measured:
+                reason += f"; not run on {capabilities.provider}"
             return _Decision(call, table.Choice(choice.row, reason), checked)
         name = choice.row.name if choice.row else "basic operators"
         why = checked.refused or f"error {checked.error:.1e} is over {checked.tolerance:.1e}"
@@ -204,20 +209,21 @@ class _Job:
     capabilities: table.Table
     opset: int
     dim_names: names.DimNames | None
+    can_run: bool
 
     def write(
         self, decisions: Sequence[_Decision], path: Path, external: bool | None
     ) -> tuple[list[SiteExport], tuple[str, ...]]:
         """Write the model with these choices; return its sites and notes."""
         linears = sum(n.op_type == LINEAR for n in self.base.graph)
-        form = choose_form(self.target) if linears else None
+        form = choose_form(self.capabilities.family) if linears else None
         model, written = assemble(
             self.base,
             [d.call for d in decisions],
             [d.choice.row for d in decisions],
             form,
             self.opset,
-            inline=self.target != "ort-cpu",
+            inline=self.capabilities.is_standard,
         )
         names.rename_inputs(model, self.program)
         names.rename_outputs(model, names.output_names(self.program))
@@ -237,6 +243,8 @@ class _Job:
             for d, w in zip(decisions, written, strict=True)
         ]
         notes = [self.capabilities.note] if self.capabilities.note else []
+        if not self.can_run:
+            notes.append("the file was not run: no kernels for its types on the CPU provider")
         if form is not None:
             notes.append(f"{linears} integer linears: {form.reason}")
         certificates = [_certificate(s, d.call) for s, d in zip(sites, decisions, strict=True)]
@@ -263,4 +271,4 @@ def _compared(
     reference: parity.Reference | None,
     tolerance: float | None,
 ) -> list[parity.Parity]:
-    return parity.compare(path, job.program, inputs, reference, tolerance)
+    return parity.compare(path, job.program, inputs, reference, tolerance) if job.can_run else []

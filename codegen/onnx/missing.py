@@ -28,7 +28,10 @@ def _grouped_mm(opset: int) -> Any:
     import onnxscript
     from onnxscript import ir
 
-    op: Any = getattr(onnxscript, f"opset{opset}")
+    # onnxscript's newest set of operators may be older than the opset; those used here are the same in both.
+    op: Any = next(
+        getattr(onnxscript, f"opset{n}") for n in range(opset, 0, -1) if hasattr(onnxscript, f"opset{n}")
+    )
 
     def grouped_mm(x: Any, weight: Any, offs: Any, bias: Any = None, out_dtype: Any = None) -> Any:
         if len(x.shape) != 2 or len(weight.shape) != 3 or bias is not None:

@@ -1,8 +1,10 @@
-"""Choose an operator for a site from a table of what a runtime was measured to run.
+"""Choose an operator for a site from a table of what a runtime runs.
 
-The tables are data: ``capabilities/<target>-<version>.json``, rows in the order of preference.  A row names
-conditions; each is a function here that returns None if the site meets it, else why not.  A site that no row
-fits is written as basic operators.
+The tables are data: ``capabilities/<target>-<version>.json``.  A row is an operator: the element types it has
+kernels for, what it takes (``WORDS``), conditions (each a function here that returns None if the site meets
+it, else why not), and what it costs: its time over that of basic operators (2,048 tokens, 8 heads of 64,
+fp32), with and without its causal attribute.  Of the rows that fit, the cheapest comes first.  A site that no
+row fits is written as basic operators.
 """
 
 from __future__ import annotations
@@ -10,28 +12,50 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib import resources
-from typing import Literal
 
-from attnc.codegen.onnx.sites import HIDES, Call
+from attnc.codegen.onnx.sites import HIDES, Call, Folded
 from attnc.errors import CodegenError
+from attnc.masks import Full
 
-Target = Literal["ort-cpu", "standard", "standard-23"]
-TARGETS: tuple[Target, ...] = ("ort-cpu", "standard", "standard-23")
+Target = str
+"""A family of tables, or one with a version: ``ort-cpu``, ``standard-23``."""
+FAMILIES = ("ort-cpu", "ort-cuda", "standard")
+TARGETS = ("ort-cpu", "ort-cuda", "standard", "standard-23", "standard-24")
+"""The targets with a table of their own, as they are listed to a user."""
+STANDARD = "18"
+"""The version of ``standard``: what every exporter and runtime of today has."""
+
+WORDS: Mapping[str, str] = {
+    "full": "causal alone there",
+    "causal": "no causal attribute there",
+    "causal-unequal": "its causal attribute means another mask where Sq is not Sk",
+    "window": "no window there",
+    "softcap": "no softcap there",
+    "sink": "no sink there",
+    "bias": "no bias there",
+}
+"""What an operator may take beside q, k, v and a scale, and what is said of one that does not."""
 
 Condition = Callable[[Call], str | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One operator that a runtime has, and when it may be used."""
+    """One operator that a runtime has, when it may be used, and what it costs.
+
+    ``measured`` False: it comes from what the runtime publishes, and was not run.
+    """
 
     operator: str
     domain: str
     opset: int
     dtypes: tuple[str, ...]
+    takes: tuple[str, ...]
     conditions: tuple[str, ...]
+    cost: Mapping[str, float] = field(default_factory=dict, hash=False)
+    measured: bool = True
 
     @property
     def name(self) -> str:
@@ -47,17 +71,60 @@ class Row:
             why = CONDITIONS[name](call)
             if why:
                 return why
-        return None
+        return next((WORDS[w] for w in self.asks(call) if w not in self.takes), None)
+
+    def asks(self, call: Call) -> tuple[str, ...]:
+        """Return the words of what the operator is written with for ``call``, whose scores fold."""
+        folded = call.folded()
+        assert isinstance(folded, Folded), folded
+        split = call.split(windows="window" in self.takes, unequal="causal-unequal" in self.takes)
+        guarded = split.guarded is not None and "window" in self.takes
+        band = split.band
+        asked = {
+            "full": band is None,
+            "causal": band is not None or guarded,
+            "causal-unequal": band is not None and not call.is_self,
+            "window": band is not None and band.left is not None,
+            "softcap": folded.softcap != 0.0,
+            "sink": call.spec.norm.sink is not None,
+            "bias": bool(folded.biases) or not isinstance(split.rest, Full),
+        }
+        return tuple(word for word, is_asked in asked.items() if is_asked)
+
+    def price(self, call: Call) -> float:
+        """Return the operator's time for a site that it fits over that of basic operators; 1 if not known."""
+        return self.cost.get("causal" if "causal" in self.asks(call) else "full", 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """What one version of a runtime runs.  ``note`` says whether it was measured on the installed version."""
+    """What one version of a runtime runs, on which provider, up to which opset.
+
+    ``opset`` is the one to write where no operator needs a later one.  ``note`` says if the table is that of
+    another version, or was not measured.
+    """
 
     name: str
+    provider: str
     opset: int
+    greatest_opset: int
     rows: tuple[Row, ...]
     note: str = ""
+
+    @property
+    def family(self) -> str:
+        """The name without the version."""
+        return self.name.rpartition("-")[0]
+
+    @property
+    def is_standard(self) -> bool:
+        """The table is that of the standard: operators of ai.onnx, and nothing else."""
+        return self.family == "standard"
+
+    @property
+    def measured(self) -> bool:
+        """Every row was run."""
+        return all(row.measured for row in self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,55 +136,81 @@ class Choice:
 
 
 def candidates(call: Call, table: Table) -> list[Choice]:
-    """Return the rows of ``table`` that fit ``call``, in order, then basic operators, which always do."""
-    out, whys = [], dict[str, None]()
-    for row in table.rows:
-        why = row.refuses(call)
-        if why is None:
-            out.append(Choice(row, "; ".join(whys) if whys else "first choice of the table"))
-            whys[f"{row.name}: tried before"] = None
-        else:
-            whys[f"{row.name}: {why}"] = None
-    return [*out, Choice(None, "; ".join(whys) if whys else "the target has basic operators alone")]
+    """Return the rows of ``table`` that fit ``call``, the cheapest first; then basic operators, always."""
+    whys = {row: row.refuses(call) for row in table.rows}
+    fits = sorted((r for r in table.rows if whys[r] is None), key=lambda row: row.price(call))
+    said = [f"{row.name}: {why}" for row, why in whys.items() if why]
+    out = []
+    for row in fits:
+        out.append(Choice(row, "; ".join(said) if said else _praise(row, call)))
+        said.append(f"{row.name}: tried before")
+    return [*out, Choice(None, "; ".join(said) if said else "the target has basic operators alone")]
+
+
+def _praise(row: Row, call: Call) -> str:
+    """Say why a row is chosen that no other one stood before."""
+    return f"it takes about {row.price(call):.1f} times as long as basic operators" if row.cost else "it fits"
 
 
 def load(target: Target, installed: str | None = None) -> Table:
-    """Return the table of ``target``; for a runtime the one measured nearest below ``installed``.
+    """Return the table of ``target``, or the one nearest below its version, which its note then says.
 
-    ``installed`` is a version such as 1.31.1.
+    A runtime's version is ``installed``, such as 1.31.1, unless the target names one.
 
     Raises:
-        CodegenError: an unknown target.
+        CodegenError: an unknown target, or a standard older than any table.
     """
-    if target not in TARGETS:
+    family = next((f for f in FAMILIES if target == f or target.startswith(f"{f}-")), None)
+    version = target[len(family) + 1 :] if family else ""
+    if family is None or not all(part.isdigit() for part in version.split(".") if version):
         raise CodegenError(f"ONNX export: expected a target of {TARGETS}, found {target!r}")
-    if target != "ort-cpu":
-        return _read("standard-18" if target == "standard" else target)
+    known = sorted(_key(name) for name in _names(family))
+    wanted = _key(version or (STANDARD if family == "standard" else installed or "")) or known[-1]
+    wanted = wanted[: len(known[0])]
+    nearest = max((k for k in known if k <= wanted), default=known[0])
+    name = f"{family}-{'.'.join(map(str, nearest))}"
+    if nearest > wanted and family == "standard":
+        raise CodegenError(f"ONNX export: expected a target of {TARGETS}, found {target!r}, which is older")
+    asked = target if version else f"the installed {installed}"
+    return _read(name, "" if nearest == wanted else f"{name} is the nearest table to {asked}")
+
+
+def _names(family: str) -> list[str]:
+    """Return the versions of a family's tables."""
     folder = resources.files("attnc.codegen.onnx.capabilities")
-    measured = sorted(
-        _key(f.name.removesuffix(".json")) for f in folder.iterdir() if f.name.startswith("ort-cpu-")
-    )
-    wanted = _key(f"ort-cpu-{installed}")[:2] if installed else measured[-1]
-    nearest = max((m for m in measured if m <= wanted), default=measured[0])
-    name = "ort-cpu-" + ".".join(map(str, nearest))
-    note = "" if nearest == wanted else f"{name} is the nearest table to the installed {installed}"
-    return _read(name, note)
+    names = [f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json")]
+    return [n.removeprefix(f"{family}-") for n in names if n.rpartition("-")[0] == family]
 
 
-def _key(name: str) -> tuple[int, ...]:
-    """Return the version in ``ort-cpu-1.31`` as numbers."""
-    parts = name.removeprefix("ort-cpu-").split(".")
-    return tuple(int(p) for p in parts if p.isdigit())
+def _key(version: str) -> tuple[int, ...]:
+    """Return the version 1.31 as numbers."""
+    return tuple(int(p) for p in version.split(".") if p.isdigit())
 
 
 def _read(name: str, note: str = "") -> Table:
     text = (resources.files("attnc.codegen.onnx.capabilities") / f"{name}.json").read_text(encoding="utf-8")
     data = json.loads(text)
     rows = tuple(
-        Row(r["operator"], r["domain"], r["opset"], tuple(r["dtypes"]), tuple(r["conditions"]))
+        Row(
+            r["operator"],
+            r["domain"],
+            r["opset"],
+            tuple(r["dtypes"]),
+            tuple(r["takes"]),
+            tuple(r["conditions"]),
+            r.get("cost", {}),
+            r.get("measured", True),
+        )
         for r in data["rows"]
     )
-    return Table(name, data["opset"], rows, note)
+    table = Table(name, data["provider"], data["opset"], data["greatest_opset"], rows, note)
+    if table.measured:
+        return table
+    said = (
+        f"{name} is what the runtime publishes and was not measured: sites and file are checked by the CPU "
+        f"provider, in float32 where it lacks a kernel; nothing was run on {table.provider}"
+    )
+    return replace(table, note="; ".join(filter(None, (note, said))))
 
 
 def _no_lse(call: Call) -> str | None:
@@ -148,11 +241,6 @@ def _fill_in_range(call: Call) -> str | None:
     return None
 
 
-def _no_causal_attribute(call: Call) -> str | None:
-    split = call.split(windows=True, unequal=False)
-    return "causal" if split.band is not None or split.guarded is not None else None
-
-
 def _sizes_known(call: Call) -> str | None:
     varying = [n for n in (*call.heads, *call.head_sizes) if not isinstance(n, int)]
     return f"the number or the size of the heads varies: {', '.join(map(str, varying))}" if varying else None
@@ -164,15 +252,6 @@ def _equal_heads(call: Call) -> str | None:
         if call.heads[0] == call.heads[1]
         else f"{call.heads[0]} query heads share {call.heads[1]} key heads"
     )
-
-
-def _no_softcap(call: Call) -> str | None:
-    folded = call.folded()
-    return "no softcap there" if not isinstance(folded, str) and folded.softcap else None
-
-
-def _no_sink(call: Call) -> str | None:
-    return None if call.spec.norm.sink is None else "no sink there"
 
 
 def _self_lengths(call: Call) -> str | None:
@@ -217,10 +296,7 @@ CONDITIONS: Mapping[str, Condition] = {
     "one-dtype": _one_dtype,
     "fill-hides": _fill_hides,
     "fill-in-range": _fill_in_range,
-    "no-causal-attribute": _no_causal_attribute,
     "equal-heads": _equal_heads,
-    "no-softcap": _no_softcap,
-    "no-sink": _no_sink,
     "self-lengths": _self_lengths,
     "equal-head-sizes": _equal_head_sizes,
     "head-size-multiple-of-8": _multiple_of_8,

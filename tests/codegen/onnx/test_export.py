@@ -286,6 +286,62 @@ def test_standard_target_has_ai_onnx_operators_alone(encoder: ExportedProgram, t
     onnx.checker.check_model(model, full_check=True)
 
 
+class Causal(nn.Module):
+    """One causal site of one type between a projection and nothing."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.proj = nn.Linear(64, 64, dtype=dtype)
+        self.text = spec_of(4, 4, 16, mask=CAUSAL).replace("float32", str(dtype).removeprefix("torch."))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = split_heads(self.proj(x), 4)
+        return torch.ops.attnc.attend(q, q, q, [], self.text)[0]
+
+
+def causal_program(dtype: torch.dtype) -> tuple[ExportedProgram, torch.Tensor]:
+    x = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(6)).to(dtype)
+    return torch.export.export(Causal(dtype).eval(), (x,), strict=False), x
+
+
+@pytest.mark.parametrize(("target", "opset"), [("standard-23", 23), ("standard-24", 24)])
+def test_later_standards_have_an_attention_operator(target: str, opset: int, tmp_path: Path) -> None:
+    import onnx
+
+    program, x = causal_program(F32)
+    done = export_model(program, tmp_path / "m.onnx", target=target, check_inputs=[((x,), {})])
+    assert [s.operator for s in done.sites] == ["Attention"]
+    model = onnx.load(str(tmp_path / "m.onnx"))
+    assert [(i.domain, i.version) for i in model.opset_import] == [("", opset)]
+    onnx.checker.check_model(model, full_check=True)
+
+
+def test_a_file_for_cuda_is_checked_on_the_cpu_and_says_so(tmp_path: Path) -> None:
+    import onnx
+
+    program, x = causal_program(F32)
+    done = export_model(program, tmp_path / "m.onnx", target="ort-cuda", check_inputs=[((x,), {})])
+    assert [s.operator for s in done.sites] == ["MultiHeadAttention"]
+    assert done.sites[0].reason.endswith("no float32 kernel; not run on CUDAExecutionProvider")
+    assert all(c.ok for c in done.checks)
+    assert done.checks
+    (note,) = done.notes
+    assert "nothing was run on CUDAExecutionProvider" in note
+    props = {p.key: p.value for p in onnx.load(str(tmp_path / "m.onnx")).metadata_props}
+    assert json.loads(props["attnc.notes"]) == [note]
+
+
+def test_types_that_the_cpu_has_no_kernel_for_are_checked_in_float32_and_said_not_to_have_run(
+    tmp_path: Path,
+) -> None:
+    program, x = causal_program(torch.bfloat16)
+    done = export_model(program, tmp_path / "m.onnx", target="ort-cuda", check_inputs=[((x,), {})])
+    assert [(s.operator, s.attributes["causal"]) for s in done.sites] == [("GroupQueryAttention", 1)]
+    assert done.sites[0].error < 1e-5, "the error of the same site in float32"
+    assert done.checks == ()
+    assert done.notes[-1] == "the file was not run: no kernels for its types on the CPU provider"
+
+
 def test_opset_is_raised_for_ai_onnx_attention_only(tmp_path: Path) -> None:
     class Grouped(nn.Module):
         def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

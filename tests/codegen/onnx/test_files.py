@@ -66,6 +66,12 @@ def test_relative_path_is_opened_and_its_weights_keep_their_folder(tmp_path: Pat
     np.testing.assert_array_equal(found.graph.initializers["w"].const_value.numpy(), np.arange(4))
 
 
+def test_keys_that_onnx_runtime_adds_for_itself_are_no_reason_to_refuse(tmp_path: Path):
+    (tmp_path / "w.bin").write_bytes(np.arange(4, dtype=np.float32).tobytes())
+    found = open_model(stored(tmp_path, external({"location": "w.bin", "prepacked_0": "key|64;16"})))
+    np.testing.assert_array_equal(found.graph.initializers["w"].const_value.numpy(), np.arange(4))
+
+
 def test_weights_in_a_folder_below_are_read(tmp_path: Path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "w.bin").write_bytes(np.arange(4, dtype=np.float32).tobytes())

@@ -308,3 +308,21 @@ def test_tolerance_is_far_below_what_a_wrong_mask_does() -> None:
     difference = (call.spec(q, k, v)[0] - wrong.spec(q, k, v)[0]).abs().max().item()
     assert difference > 1000 * tolerance(call, feeds)
     assert math.isfinite(difference)
+
+
+@pytest.mark.parametrize("operator", ["MultiHeadAttention", "GroupQueryAttention", "Attention"])
+def test_a_wrong_mask_is_seen_in_half_precision_too(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worst case of half precision would let it pass; what rounding typically does would not."""
+    from attnc.codegen.onnx import check
+    from attnc.codegen.onnx.sites import Split
+    from attnc.masks import Band, Full
+
+    row = next(r for r in TABLE.rows if r.operator == operator)
+    call = call_of(CASES["plain"][0].replace("float32", "float16"))
+    assert check_site(call, row, row.opset).ok
+    monkeypatch.setattr(Call, "split", lambda self, **_: Split(Band(None, 0), Full()))
+    wrong = check_site(call, row, row.opset)
+    assert not wrong.ok
+    assert wrong.error > 10 * wrong.tolerance
+    feeds = random_inputs(call, 2, 9, 9)
+    assert check.tolerance(call, feeds) > 10 * check.typical_error(call, feeds)
