@@ -54,8 +54,13 @@ def find_calls(program: ExportedProgram) -> list[Call]:
     Raises:
         CodegenError: a site that has dropout.
     """
-    live = _live(program.graph)
-    nodes = [n for n in program.graph.nodes if n in live and is_attend(n)]
+    return calls_of(program.graph)
+
+
+def calls_of(graph: fx.Graph) -> list[Call]:
+    """Return the attend nodes of a graph that reach an output, in order; raises as ``find_calls``."""
+    live = _live(graph)
+    nodes = [n for n in graph.nodes if n in live and is_attend(n)]
     return [_call(i, n, live) for i, n in enumerate(nodes)]
 
 
