@@ -241,7 +241,7 @@ class _Work:
         import onnx_ir as ir
 
         if self.original is None:
-            self.original = Original(self.model, self.reading.graph, ())
+            self.original = Original(self.model, self.reading, ())
         with _timed(self.stages, "check"):
             found = self.original.compare(ir.load(path), outputs_only=True)
         bad = [a for a in found if not a.ok]
@@ -306,7 +306,7 @@ class _Work:
         """Run the original and the rewritten model; return the sites to put back, and why."""
         watched = {self._value(j): j for j in self.live}
         if self.original is None:
-            self.original = Original(self.model, self.reading.graph, list(watched))
+            self.original = Original(self.model, self.reading, list(watched))
         self.agreements = self.original.compare(model)
         bad = [a for a in self.agreements if not a.ok]
         named = [(watched[a.name], str(a)) for a in bad if a.name in watched]
@@ -356,7 +356,7 @@ class _Work:
         if origin is not None:
             record.source = f"{origin.op_type} {origin.name}".strip()
             record.blocking_source = record.source if record.code else ""
-        record.conditions = [*record.conditions, *self.reading.equal]
+        record.conditions = [*record.conditions, *(f"{a} == {b}" for a, b in self.reading.equal.items())]
         return record
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
 
 from attnc.codegen.onnx.export import EXTERNAL_AT
 from attnc.codegen.onnx.parity import difference, graph_walk, scaled
+from attnc.codegen.onnx.reading import Reading
 from attnc.codegen.onnx.reading.symbols import evaluated
 from attnc.codegen.onnx.reading.tensors import torch_type
 from attnc.codegen.onnx.runtime import Session, failures
@@ -70,17 +70,17 @@ class Agreement:
 class Original:
     """The file as it was, with the values of its sites, run once at each of two sizes."""
 
-    def __init__(self, model: ir.Model, graph: fx.Graph, watched: Sequence[str]) -> None:
+    def __init__(self, model: ir.Model, reading: Reading, watched: Sequence[str]) -> None:
         """Find sizes at which the model runs and keep what it gives there.
 
-        ``watched`` are names of values besides the outputs; ``graph`` is the graph as it was read, from which
-        the tolerance is derived.
+        ``watched`` are names of values besides the outputs.  Of ``reading`` the tolerance is derived, and it
+        says which sizes are equal.
 
         Raises:
             CodegenError: ONNX Runtime refuses the file, or it runs at no size that was tried.
         """
         self.watched = tuple(watched)
-        self.walk = graph_walk(graph)
+        self.walk = graph_walk(reading.graph)
         model = without_strangers(model)
         try:
             session = started(watching(model, watched))
@@ -89,7 +89,7 @@ class Original:
         self.runs: list[tuple[dict[str, int], Feeds, dict[str, torch.Tensor]]] = []
         for which in range(len(BATCH) if free_sizes(model) else 1):
             try:
-                self.runs.append(_first_run(session, model, which))
+                self.runs.append(_first_run(session, model, reading.equal, which))
             except CodegenError:
                 if which < len(BATCH) - 1:
                     raise
@@ -121,10 +121,13 @@ def _agreement(
     return Agreement(name, difference(a, b), scaled(a, walk), sizes)
 
 
-def _first_run(session: Session, model: ir.Model, which: int) -> tuple[dict[str, int], Feeds, Feeds]:
+def _first_run(
+    session: Session, model: ir.Model, equal: Mapping[str, str | int], which: int
+) -> tuple[dict[str, int], Feeds, Feeds]:
     """Run the model at the first sizes at which it runs; return sizes, inputs and outputs."""
     why, errors = "", (*failures(), RuntimeError)
-    for sizes in _sizes(model, which):
+    for free in _sizes(model, which):
+        sizes = _with_equal(free, equal)
         feeds = make_feeds(model, sizes)
         try:
             return sizes, feeds, dict(zip(session.outputs, session(feeds), strict=True))
@@ -243,6 +246,17 @@ def _sizes(model: ir.Model, which: int) -> Iterator[dict[str, int]]:
         yield {name: BATCH[which] if batch else length for name, batch in free.items()}
     for length in OTHER_LENGTHS:
         yield {name: BATCH[which] * 4 if batch else length for name, batch in free.items()}
+
+
+def _with_equal(sizes: Mapping[str, int], equal: Mapping[str, str | int]) -> dict[str, int]:
+    """Return the sizes with those that must be equal, or a number, as they must be."""
+    out = dict(sizes)
+    for name in out:
+        other: str | int = name
+        while isinstance(other, str) and other in equal:
+            other = equal[other]
+        out[name] = other if isinstance(other, int) else out.get(other, out[name])
+    return out
 
 
 def make_feeds(model: ir.Model, sizes: Mapping[str, int]) -> Feeds:

@@ -40,7 +40,28 @@ def _reshape(r: Reader, n: ir.Node) -> fx.Node:
         for i in zeros:  # a size that is copied: a number, or the free one if all others are known
             size = _sizes(x)[i]
             to[i] = size if isinstance(size, int) else r.call(aten.sym_size.int, x, i)
+    _require_as_many(r, _sizes(x), [m.meta["val"] if isinstance(m, fx.Node) else m for m in to])
     return r.call(aten.reshape.default, x, to)
+
+
+def _require_as_many(r: Reader, before: Sequence[Any], after: Sequence[Any]) -> None:
+    """See that a reshape whose sizes are all given keeps the number of elements.
+
+    Where one symbol alone is left over on one side, it must be the number that the rest makes of it.
+    """
+    left, right = list(before), list(after)
+    for n in before:
+        other = next((m for m in right if same(n, m)), None)
+        if other is not None:
+            left.remove(n)
+            right.remove(other)
+    symbols = [n for n in (*left, *right) if not isinstance(n, int)]
+    ours, theirs = (math.prod(n for n in side if isinstance(n, int)) for side in (left, right))
+    if len(symbols) != 1 or -1 in right or not ours or not theirs:
+        return
+    more, less = (theirs, ours) if symbols[0] in left else (ours, theirs)
+    if more % less == 0:
+        r.symbols.require_equal(symbols[0], more // less)
 
 
 def _flatten(r: Reader, n: ir.Node) -> fx.Node:

@@ -41,7 +41,7 @@ class Reading:
         sizes: names of nodes that are symbolic sizes, to a value of the file and the element that it is.
         shape_readers: nodes of the file that read the shape of a value and no element, with its node's name.
         names: symbols to the names that the file has for the sizes.
-        equal: sizes that must be equal for the graph to run, in words.
+        equal: sizes that must be a number, or equal to another size, for the graph to run.
         unread: operators that are not read, how many there are of each, and why.
     """
 
@@ -52,7 +52,7 @@ class Reading:
     sizes: Mapping[str, tuple[ir.Value, int]]
     shape_readers: Sequence[tuple[ir.Node, str]]
     names: Mapping[str, str]
-    equal: tuple[str, ...]
+    equal: Mapping[str, str | int]
     unread: Mapping[str, tuple[int, str]]
 
 
@@ -105,7 +105,7 @@ def _read(model: ir.Model, equal: Mapping[str, str | int]) -> Reading:
         r.sizes,
         shape_readers,
         r.symbols.names,
-        tuple(f"{a} == {b}" for a, b in equal.items()),
+        dict(equal),
         {name: (len(whys), Counter(whys).most_common(1)[0][0]) for name, whys in unread.items()},
     )
 
