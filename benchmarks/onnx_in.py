@@ -7,9 +7,9 @@ Models are drawn from the corpus' zoo by a hash of their names, and all spelling
 by torch's two exporters as a user would, opset 18: ``dynamo=True`` with its default optimizer, and
 ``dynamo=False``; sizes of batch and length are free where the exporter allows it.  The file is rewritten
 (``attnc.optimize_onnx``, ``cost_model=False``), run in ONNX Runtime beside the original, and its rewritten
-sites are counted beside those of ``attnc.optimize(model, cost_model=False)``.  A model that an exporter cannot
-export does not count for it.  Every model runs in a process of its own; rows are kept in ``build/onnx_in`` and
-used again while attnc's sources are the same.
+sites are counted beside those of ``attnc.optimize(model, cost_model=False)``.  A model that an exporter
+cannot export does not count for it.  Every model runs in a process of its own; rows are kept in
+``build/onnx_in`` and used again while attnc's sources are the same.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Flat(nn.Module):
         self.model, self.names, self.fixed = model, names, fixed
 
     def forward(self, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run the model."""
         return tuple(tensors(self.model(**dict(zip(self.names, args, strict=True)), **self.fixed)))
 
 
@@ -91,6 +92,7 @@ class Named(nn.Module):
         self.model, self.count = model, count
 
     def forward(self, **inputs: torch.Tensor) -> Any:
+        """Run the model."""
         return self.model(*(inputs[f"x{i}"] for i in range(self.count)))
 
 

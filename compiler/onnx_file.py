@@ -21,10 +21,11 @@ from torch import fx
 import attnc
 from attnc import logs
 from attnc.codegen.onnx import export as exporting
-from attnc.codegen.onnx import runtime, table
+from attnc.codegen.onnx import placing, runtime, table
 from attnc.codegen.onnx.agreement import Agreement, Original, strangers
 from attnc.codegen.onnx.builder import OURS
 from attnc.codegen.onnx.export import SiteExport
+from attnc.codegen.onnx.files import open_model
 from attnc.codegen.onnx.reading import Reading, read
 from attnc.codegen.onnx.splice import Replaced, Sized, Spliced, sized_elsewhere, splice
 from attnc.codegen.onnx.translate import calls_of
@@ -72,6 +73,7 @@ def inspect_onnx(path: str | os.PathLike[str], *, target: str = "ort-cpu", cost_
     """Return what ``optimize_onnx`` would find in the file at ``path`` and make of it; nothing is written.
 
     Raises:
+        CheckpointError: the file is missing, broken or refused, as ``files.open_model`` says.
         CodegenError: an unknown target, or a graph that cannot be read.
     """
     work = _Work.on(Path(path), target, cost_model)
@@ -109,31 +111,22 @@ def rewrite_onnx(
     ``cost_model=False`` also rewrites sites whose weights are read elsewhere.
 
     Raises:
+        CheckpointError: the file is missing, broken or refused, as ``files.open_model`` says.
         CodegenError: a bad path or target, a graph that cannot be read, a file that ONNX Runtime refuses, or
             a rewritten one that disagrees; nothing is written then.
     """
     path, out = Path(path), Path(out)
     if out.exists() and path.exists() and out.samefile(path):
         raise CodegenError(f"ONNX: expected an output apart from the input, found {out} for both")
-    exporting.check_path(out, force)
+    old = placing.check_free(out, force)
     work = _Work.on(path, target, cost_model)
-    with exporting.Sibling(out) as folder:
+    with placing.Sibling(out) as folder:
         model = work.rewritten(verify)
-        external = True if _has_external_data(work.model) else None
-        exporting.save(model, folder / out.name, external)
+        placing.save(model, folder / out.name, _has_external_data(work.model))
         if verify:
             work.check_file(folder / out.name)
-        files = exporting.move_into_place(folder, out)
+        files = placing.place(folder, out, old, force)
     return RewrittenFile(tuple(work.sites), work.report(path.name), files)
-
-
-def open_model(path: Path) -> ir.Model:
-    """Return the model in a file."""
-    import onnx_ir as ir
-
-    if not path.is_file():
-        raise CodegenError(f"ONNX: expected a file at {path}, found none")
-    return ir.load(path)
 
 
 def _has_external_data(model: ir.Model) -> bool:
@@ -238,12 +231,10 @@ class _Work:
         Raises:
             CodegenError: it does not.
         """
-        import onnx_ir as ir
-
         if self.original is None:
             self.original = Original(self.model, self.reading, ())
         with _timed(self.stages, "check"):
-            found = self.original.compare(ir.load(path), outputs_only=True)
+            found = self.original.compare(open_model(path), outputs_only=True)
         bad = [a for a in found if not a.ok]
         if bad:
             raise CodegenError(f"ONNX: the rewritten file disagrees with the original: {bad[0]}")

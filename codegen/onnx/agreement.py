@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnc.codegen.onnx.export import EXTERNAL_AT
+from attnc.codegen.onnx.files import custom_operators
 from attnc.codegen.onnx.parity import difference, graph_walk, scaled
 from attnc.codegen.onnx.reading import Reading
 from attnc.codegen.onnx.reading.symbols import evaluated
@@ -37,10 +38,6 @@ OTHER_LENGTHS = (8, 16, 32, 64, 224)
 """Lengths to try for all sizes at once where the original does not run at unequal ones."""
 _SEED = 20_240_601
 _LEAST_IDS = 2
-KNOWN = frozenset(
-    ("", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc")
-)
-"""Domains that ONNX Runtime has operators of."""
 _CARRIERS = frozenset(
     ("Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Slice", "Expand", "Transpose", "Flatten", "Clip")
 )
@@ -152,8 +149,9 @@ def started(model: ir.Model) -> Session:
 
 
 def strangers(model: ir.Model) -> list[ir.Node]:
-    """Return the nodes of domains that ONNX Runtime does not know, and that are no functions of the model."""
-    return [n for n in model.graph if n.domain not in KNOWN and n.op_identifier() not in model.functions]
+    """Return the nodes of the graph that ONNX Runtime does not know, and that are no functions of it."""
+    unknown = custom_operators(model)
+    return [n for n in model.graph if f"{n.domain or 'ai.onnx'}.{n.op_type}" in unknown]
 
 
 def without_strangers(model: ir.Model) -> ir.Model:

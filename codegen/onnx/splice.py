@@ -17,7 +17,8 @@ from torch import fx
 
 from attnc.codegen.onnx.builder import MICROSOFT, OURS, Builder
 from attnc.codegen.onnx.emission import Emission
-from attnc.codegen.onnx.lower import Functions, Written, lower
+from attnc.codegen.onnx.guarded import Functions
+from attnc.codegen.onnx.lower import Written, lower
 from attnc.codegen.onnx.names import is_attend
 from attnc.codegen.onnx.reading import Reading
 from attnc.codegen.onnx.sites import Call
