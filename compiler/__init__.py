@@ -18,6 +18,7 @@ from attnc.errors import (
     UnsupportedError,
     VerifyError,
 )
+from attnc.onnx_file import inspect_onnx, optimize_onnx
 from attnc.passes.rewrite.forms import parse_forms
 from attnc.passes.rewrite.fuse.fused import Fused
 from attnc.passes.rewrite.quant.w8a8 import W8A8
@@ -39,8 +40,10 @@ __all__ = [
     "emit",
     "export_onnx",
     "inspect",
+    "inspect_onnx",
     "load",
     "optimize",
+    "optimize_onnx",
     "parse_forms",
     "save",
 ]

@@ -31,7 +31,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Find attention in a PyTorch model and rewrite it into checked, faster forms.",
-    epilog="MODEL: a Hugging Face folder, a .pt2, or file.py:callable. ATTNC_LOGS=help lists the logs.",
+    epilog="MODEL: a Hugging Face folder, a .pt2, or file.py:callable; inspect and optimize also take a "
+    ".onnx. ATTNC_LOGS=help lists the logs.",
 )
 
 Model = Annotated[
@@ -92,11 +93,16 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what each attention site computes and what would be done with it; change nothing."""
+    from attnc import cli_onnx as onnx
     from attnc import cli_work as work
 
     screen = Screen(as_json)
     if work.is_saved(model):
         report = work.saved_report(model)
+    elif onnx.is_onnx(model):
+        onnx.check_options(model, form=form, plan=plan, attn=attn)
+        with screen.working("inspect"):
+            report = onnx.inspect_file(model, target)
     else:
         with screen.working("inspect") as progress:
             forms = work.read_forms(form or (), plan)
@@ -122,19 +128,28 @@ def optimize(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Rewrite a checkpoint and save it as a new directory with a manifest of what was changed."""
+    """Rewrite a checkpoint and save it as a new directory with a manifest, or rewrite an ONNX file."""
+    from attnc import cli_onnx as onnx
     from attnc import cli_work as work
     from attnc.checkpoint import save
 
     screen = Screen(as_json)
     work.check_output(output, model, force)
-    forms = work.read_forms(form or (), plan)
-    with screen.working("optimize") as progress:
-        opened = work.open_source(model, attn, (batch, length), progress)
-        fast = work.optimize_opened(opened, forms, target, progress, verify=verify, cost_model=cost_model)
-        progress("save")
-        save(fast, output, force=force)
-    report: Any = fast.report
+    report: Any
+    if onnx.is_onnx(model):
+        onnx.check_options(model, form=form, plan=plan, attn=attn)
+        with screen.working("optimize"):
+            report = onnx.rewrite_file(
+                model, output, target, verify=verify, cost_model=cost_model, force=force
+            )
+    else:
+        forms = work.read_forms(form or (), plan)
+        with screen.working("optimize") as progress:
+            opened = work.open_source(model, attn, (batch, length), progress)
+            fast = work.optimize_opened(opened, forms, target, progress, verify=verify, cost_model=cost_model)
+            progress("save")
+            save(fast, output, force=force)
+        report = fast.report
     _write_html(report, html)
     screen.report(report)
     screen.line(f"saved to {output}")

@@ -39,6 +39,12 @@ KEPT = (
         "The model calls one fused kernel here, and its mask has no better closed form.",
     ),
     Code(
+        "opset-too-old",
+        "Convert the file first: onnx.version_converter.convert_version(model, 18), or export it again.",
+        "The ONNX file has an older set of operators than a rewritten site is written with, and nodes that "
+        "belong to no site are never changed.",
+    ),
+    Code(
         "no-faster-kernel",
         "Change the step that the kernels lack, named in the reason, or choose another target.",
         "The site was understood, and no kernel of this target computes it faster than the model does. The "

@@ -30,7 +30,7 @@ CORE = (
     "attnc.cost",
     "attnc.programs",
 )
-JOINERS = ("attnc.pipeline", "attnc.api", "attnc.cli")
+JOINERS = ("attnc.pipeline", "attnc.onnx_file", "attnc.api", "attnc.cli")
 HEAVY = ("onnx", "onnxruntime", "onnxscript", "triton", "transformers")
 
 

@@ -22,6 +22,7 @@ from attnc.codegen.onnx import names, parity, placing, runtime, table
 from attnc.codegen.onnx.assemble import assemble, sign
 from attnc.codegen.onnx.check import Checked, check_in_float32, check_site
 from attnc.codegen.onnx.linear import choose_form
+from attnc.codegen.onnx.lower import Written
 from attnc.codegen.onnx.sites import Call
 from attnc.codegen.onnx.translate import LINEAR, convert, find_calls, flat
 from attnc.errors import CodegenError
@@ -72,7 +73,9 @@ class Exported:
 
 
 @dataclass(frozen=True, slots=True)
-class _Decision:
+class Decision:
+    """What a site becomes: its call, the row that was chosen, and how that ran alone."""
+
     call: Call
     choice: table.Choice
     checked: Checked
@@ -125,7 +128,7 @@ def export_model(
     for args, kwargs in calls:
         parity.leaves(program, args, kwargs)
     capabilities = table.load(target, runtime.version())
-    decisions = _decide(find_calls(program), capabilities)
+    decisions = decide(find_calls(program), capabilities)
     opset = max([capabilities.opset, *(d.choice.row.opset for d in decisions if d.choice.row)])
     base = convert(program, [d.call for d in decisions], opset)
     can_run = not any(d.checked.in_float32 for d in decisions)
@@ -161,9 +164,9 @@ def _check_program(program: ExportedProgram) -> None:
         raise CodegenError(f"ONNX export: expected outputs that are tensors or None, found {constants}")
 
 
-def _decide(calls: Sequence[Call], capabilities: table.Table) -> list[_Decision]:
+def decide(calls: Sequence[Call], capabilities: table.Table) -> list[Decision]:
     """Take for each site the first candidate that agrees with its spec; equal sites are decided once."""
-    known: dict[tuple[Any, ...], _Decision] = {}
+    known: dict[tuple[Any, ...], Decision] = {}
     out = []
     for call in calls:
         key = (call.text, call.heads, call.head_sizes, call.lengths, call.last, call.lse_used)
@@ -173,7 +176,7 @@ def _decide(calls: Sequence[Call], capabilities: table.Table) -> list[_Decision]
     return out
 
 
-def _decide_one(call: Call, capabilities: table.Table) -> _Decision:
+def _decide_one(call: Call, capabilities: table.Table) -> Decision:
     failed: list[str] = []
     for choice in table.candidates(call, capabilities):
         opset = max(capabilities.opset, choice.row.opset if choice.row else 0)
@@ -184,7 +187,7 @@ def _decide_one(call: Call, capabilities: table.Table) -> _Decision:
             reason = "; ".join(failed) if failed else choice.reason
             if choice.row is not None and not choice.row.measured:
                 reason += f"; not run on {capabilities.provider}"
-            return _Decision(call, table.Choice(choice.row, reason), checked)
+            return Decision(call, table.Choice(choice.row, reason), checked)
         name = choice.row.name if choice.row else "basic operators"
         why = checked.refused or f"error {checked.error:.1e} is over {checked.tolerance:.1e}"
         failed.append(f"{name} disagrees with the spec: {why}")
@@ -192,7 +195,7 @@ def _decide_one(call: Call, capabilities: table.Table) -> _Decision:
     raise CodegenError(f"ONNX export, site {call.id}: {'; '.join(failed)}; the spec is {call.text}")
 
 
-def _all_basic(decisions: Sequence[_Decision], bad: parity.Parity) -> list[_Decision]:
+def _all_basic(decisions: Sequence[Decision], bad: parity.Parity) -> list[Decision]:
     """Choose basic operators for every site, because the whole model disagreed."""
     log.warning("fused operators are given up: %s", bad)
     choice = table.Choice(None, f"the whole model disagreed with fused operators: {bad}")
@@ -212,7 +215,7 @@ class _Job:
     can_run: bool
 
     def write(
-        self, decisions: Sequence[_Decision], path: Path, external: bool | None
+        self, decisions: Sequence[Decision], path: Path, external: bool | None
     ) -> tuple[list[SiteExport], tuple[str, ...]]:
         """Write the model with these choices; return its sites and notes."""
         linears = sum(n.op_type == LINEAR for n in self.base.graph)
@@ -228,34 +231,36 @@ class _Job:
         names.rename_inputs(model, self.program)
         names.rename_outputs(model, names.output_names(self.program))
         names.rename_sizes(model, names.size_names(self.program, self.dim_names))
-        sites = [
-            SiteExport(
-                d.call.index,
-                d.call.id,
-                w.operator,
-                w.domain,
-                d.choice.reason,
-                w.attributes,
-                d.checked.error,
-                d.checked.tolerance,
-                self.capabilities.name,
-            )
-            for d, w in zip(decisions, written, strict=True)
-        ]
+        sites = [site_export(d, w, self.capabilities.name) for d, w in zip(decisions, written, strict=True)]
         notes = [self.capabilities.note] if self.capabilities.note else []
         if not self.can_run:
             notes.append("the file was not run: no kernels for its types on the CPU provider")
         if form is not None:
             notes.append(f"{linears} integer linears: {form.reason}")
-        certificates = [_certificate(s, d.call) for s, d in zip(sites, decisions, strict=True)]
+        certificates = [certificate(s, d.call.text) for s, d in zip(sites, decisions, strict=True)]
         sign(model, self.target, self.opset, {"sites": certificates, "notes": notes})
         _save(model, path, external)
         return sites, tuple(notes)
 
 
-def _certificate(site: SiteExport, call: Call) -> dict[str, Any]:
+def site_export(d: Decision, w: Written, capabilities: str) -> SiteExport:
+    """Return what one site became."""
+    return SiteExport(
+        d.call.index,
+        d.call.id,
+        w.operator,
+        w.domain,
+        d.choice.reason,
+        w.attributes,
+        d.checked.error,
+        d.checked.tolerance,
+        capabilities,
+    )
+
+
+def certificate(site: SiteExport, spec: str) -> dict[str, Any]:
     """Return the site's line of the file's metadata; errors are rounded to what is meant by them."""
-    out = asdict(site) | {"spec": call.text}
+    out = asdict(site) | {"spec": spec}
     return out | {"error": f"{site.error:.1e}", "tolerance": f"{site.tolerance:.1e}"}
 
 

@@ -223,7 +223,7 @@ def _one(
     relative = model_tolerance(program) if tolerance is None else 0.0
     worst = Parity(shape, "outputs", 0.0, tolerance or relative)
     for name, a, b in zip(session.outputs, expected, found, strict=True):
-        got = Parity(shape, name, _error(a, b), _allowed(a, relative, tolerance))
+        got = Parity(shape, name, difference(a, b), scaled(a, relative) if tolerance is None else tolerance)
         if not got.ok or (worst.ok and got.error > worst.error):
             worst = got
     return worst
@@ -235,7 +235,7 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     return [x for part in parts for x in part if isinstance(x, torch.Tensor)]
 
 
-def _error(expected: torch.Tensor, found: torch.Tensor) -> float:
+def difference(expected: torch.Tensor, found: torch.Tensor) -> float:
     """Return the greatest difference; infinite if shapes, or the places of NaN or of infinities, differ."""
     if expected.shape != found.shape:
         return math.inf
@@ -248,9 +248,8 @@ def _error(expected: torch.Tensor, found: torch.Tensor) -> float:
     return (a - b)[usual].abs().max().item() if usual.any() else 0.0
 
 
-def _allowed(expected: torch.Tensor, relative: float, absolute: float | None) -> float:
-    if absolute is not None:
-        return absolute
+def scaled(expected: torch.Tensor, relative: float) -> float:
+    """Return the absolute difference that ``relative`` (of fp32) allows for a value; 0 for whole numbers."""
     if not expected.is_floating_point():
         return 0.0
     x = expected.detach().double()
@@ -260,19 +259,25 @@ def _allowed(expected: torch.Tensor, relative: float, absolute: float | None) ->
 
 
 def model_tolerance(program: ExportedProgram) -> float:
-    """Return the relative error that two correct fp32 runs of the whole graph may show.
+    """Return the relative error that two correct fp32 runs of the whole program may show.
+
+    Rounding to int8 may fall to the other side in each of L integer linears, which moves a result by about
+    one step of 1/127 of its range: ``sqrt(L) / 127`` beside what rounding does (``graph_walk``).
+    """
+    linears = sum("linear_w8a8" in str(n.target) for n in program.graph.nodes)
+    return graph_walk(program.graph) + math.sqrt(linears) / 127
+
+
+def graph_walk(graph: fx.Graph) -> float:
+    """Return the relative error that two correct fp32 runs of a graph may show by rounding.
 
     Rounding errors add up as a random walk: a node over K terms errs by about ``u sqrt(K)``, N nodes by
-    ``sqrt(N)`` times that, and four standard deviations are allowed.  Rounding to int8 may fall to the other
-    side in each of L integer linears, which moves a result by about one step of 1/127 of its range: ``sqrt(L)
-    / 127``.
+    ``sqrt(N)`` times that, and four standard deviations are allowed.
     Source: N. Higham, Accuracy and Stability of Numerical Algorithms, section 2.8.
     """
-    calls = [n for n in program.graph.nodes if n.op == "call_function"]
+    calls = [n for n in graph.nodes if n.op == "call_function"]
     widths = [n for node in calls for n in _fixed_sizes(node)]
-    walk = 4 * 2**-24 * math.sqrt(max(widths, default=1)) * math.sqrt(max(len(calls), 1))
-    linears = sum("linear_w8a8" in str(n.target) for n in calls)
-    return walk + math.sqrt(linears) / 127
+    return 4 * 2**-24 * math.sqrt(max(widths, default=1)) * math.sqrt(max(len(calls), 1))
 
 
 def _fixed_sizes(node: fx.Node) -> list[int]:

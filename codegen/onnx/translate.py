@@ -67,8 +67,13 @@ def find_calls(program: ExportedProgram) -> list[Call]:
     Raises:
         CodegenError: a site that has dropout.
     """
-    live = _live(program.graph)
-    return [_call(i, n, live) for i, n in enumerate(_attends(program.graph))]
+    return calls_of(program.graph)
+
+
+def calls_of(graph: fx.Graph) -> list[Call]:
+    """Return the attend nodes of a graph that reach an output, in order; raises as ``find_calls``."""
+    live = _live(graph)
+    return [_call(i, n, live) for i, n in enumerate(_attends(graph))]
 
 
 def _live(graph: fx.Graph) -> set[fx.Node]:

@@ -1,0 +1,128 @@
+"""Symbolic sizes of an ONNX graph: one symbol per named dimension, with a hint that no fixed size has."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Size = int | torch.SymInt
+
+
+class EqualSizesError(Exception):
+    """Two sizes with different names meet where only equal ones work: the graph is read again with one."""
+
+    def __init__(self, name: str, other: str | int) -> None:
+        super().__init__(f"{name} = {other}")
+        self.name, self.other = name, other
+
+
+class Symbols:
+    """Make sizes.  ``equal`` says which names stand for another name, or for a number.
+
+    Symbols are taken to be 2 or more, as in ``torch.export``.  Their hints are primes that are no fixed size
+    of the graph (``fixed``), so that no two sizes are taken to be equal by accident.
+    """
+
+    def __init__(self, fixed: Collection[int], equal: Mapping[str, str | int]) -> None:
+        self.env = ShapeEnv(duck_shape=False)
+        self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
+        self.equal = dict(equal)
+        self.names: dict[str, str] = {}
+        self._made: dict[str, Size] = {}
+        self._hints = _primes(set(fixed))
+
+    def named(self, name: str) -> Size:
+        """Return the size with this name."""
+        known = self.equal.get(name)
+        if isinstance(known, int):
+            return known
+        if known is not None:
+            return self.named(known)
+        if name not in self._made:
+            self._made[name] = self._new(name)
+        return self._made[name]
+
+    def fresh(self) -> Size:
+        """Return a size that nothing is known of."""
+        return self.named(f"unnamed_{len(self._made)}")
+
+    def of(self, size: int | ir.SymbolicDim) -> Size:
+        """Return a size as the file has it: a number, a name, or a sum or product of such."""
+        if isinstance(size, int):
+            return size
+        if not size.value:
+            return self.fresh()
+        found = evaluated(str(size.value), self.named)
+        return self.named(str(size.value)) if found is None else found
+
+    def _new(self, name: str) -> torch.SymInt:
+        from torch._dynamo.source import ConstantSource
+        from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+        hint, source = next(self._hints), ConstantSource(name)
+        symbol = self.env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+        size = self.env.create_symintnode(symbol, hint=hint, source=source)
+        assert isinstance(size, torch.SymInt), "a dynamic size is a symbol"
+        self.names[str(symbol)] = name
+        return size
+
+    def require_equal(self, a: Size, b: Size) -> None:
+        """See that two sizes which must be equal are known to be.
+
+        Raises:
+            EqualSizesError: one is a symbol of its own; the graph must be read with both as one.
+        """
+        for one, other in ((a, b), (b, a)):
+            name = self.name_of(one)
+            if name is not None:
+                raise EqualSizesError(name, other if isinstance(other, int) else self.name_of(other) or name)
+
+    def name_of(self, size: Size) -> str | None:
+        """Return the name of a size that is one symbol and no more."""
+        return None if isinstance(size, int) else self.names.get(str(size.node.expr))
+
+
+def _primes(fixed: set[int]) -> Iterator[int]:
+    """Yield primes from 11 on that are not in ``fixed``."""
+    n = 11
+    while True:
+        if n not in fixed and all(n % d for d in range(2, int(n**0.5) + 1)):
+            yield n
+        n += 2
+
+
+_OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+}
+
+
+def evaluated(text: str, named: Callable[[str], Size]) -> Size | None:
+    """Return the value of a sum, difference or product of names and numbers, None for any other text."""
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except SyntaxError:
+        return None
+
+    def value(e: ast.expr) -> Any:
+        if isinstance(e, ast.Constant) and isinstance(e.value, int):
+            return e.value
+        if isinstance(e, ast.Name):
+            return named(e.id)
+        if isinstance(e, ast.BinOp) and type(e.op) in _OPERATORS:
+            a, b = value(e.left), value(e.right)
+            return None if a is None or b is None else _OPERATORS[type(e.op)](a, b)
+        return None
+
+    found = value(tree)
+    return found if isinstance(found, int | torch.SymInt) else None
