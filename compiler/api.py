@@ -24,7 +24,8 @@ from attnc.ir import Miss
 from attnc.ledger import Ledger
 from attnc.passes.rewrite.forms import Forms, parse_forms
 from attnc.passes.rewrite.quant.w8a8 import W8A8
-from attnc.past import holds_cache, is_opened, with_past
+from attnc.past import holds_cache, with_past
+from attnc.past_cache import is_opened
 from attnc.pipeline import Options, Outcome, run
 from attnc.records import INTERNAL, leave, said
 from attnc.report import Report

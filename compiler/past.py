@@ -15,8 +15,8 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,32 +24,15 @@ from torch.utils import _pytree as pytree
 
 from attnc.errors import CaptureError
 from attnc.examples import SEED, Sizes, is_encoder, odd_length
-from attnc.result import clone_module
-from attnc.verify_model import check_model
+from attnc.past_cache import PAST, PRESENT, Pairs, check_steps, closed, equal, outputs, pairs, subclassed
 
-if TYPE_CHECKING:
-    from transformers.cache_utils import Cache
-
-PAST, PRESENT = "past_key_values", "present"
 NEW_TOKENS = 5
 """Tokens of the example step: more than one, since torch.export fixes a size of 1."""
-
-FAR = 8.0
-"""How many tolerances a step may be off, as for whole models in ``optimize``."""
-
-_MARK = "_attnc_open_cache"
-
-Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def holds_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> bool:
     """Say whether a call passes a cache of transformers."""
     return any(map(_is_cache, (*args, *(kwargs or {}).values())))
-
-
-def is_opened(model: nn.Module) -> bool:
-    """Say whether ``with_past`` made ``model``, or ``optimize`` made it from such a one."""
-    return hasattr(type(model), _MARK)
 
 
 def with_past(
@@ -81,8 +64,8 @@ def with_past(
     name = next(n for n, value in given.items() if _is_cache(value))
     inputs = {n: v for n, v in given.items() if n != name and _has_tensor(v)}
     fixed = {n: v for n, v in given.items() if n != name and n not in inputs}
-    opened = _subclassed(model, (*inputs, name), name, fixed)
-    past = _pairs(given[name])
+    opened = _opened(model, tuple(inputs), name, fixed)
+    past = pairs(given[name])
     step = inputs | {name: past}
     _check_sizes(model, step, past)
     return opened, step
@@ -93,11 +76,11 @@ def _made(model: Any, sizes: Sizes) -> tuple[nn.Module, dict[str, Any]]:
     accepted = inspect.signature(type(model).forward).parameters
     tokens = _prompt(model.config, sizes)
     tokens = {n: x for n, x in tokens.items() if n in accepted}
-    opened = _subclassed(model, (*tokens, PAST), PAST, {})
+    opened = _opened(model, tuple(tokens), PAST, {})
     start = tokens["input_ids"].shape[1] - NEW_TOKENS
     with torch.no_grad():
         past = opened(**_first(tokens, start), past_key_values=_empty(model, tokens))[PRESENT]
-    _check_steps(model, opened, tokens, start)
+    check_steps(_Whole(model, start), _Steps(opened, start, _empty(model, tokens)), tokens, model)
     return opened, _rest(tokens, start) | {PAST: past}
 
 
@@ -133,85 +116,38 @@ def _empty(model: Any, tokens: Mapping[str, torch.Tensor]) -> Pairs:
     cache = DynamicCache()
     with torch.no_grad():
         model(**_first(tokens, 1), past_key_values=cache, use_cache=True)
-    return [(k[:, :, :0], v[:, :, :0]) for k, v in _pairs(cache)]
+    return [(k[:, :, :0], v[:, :, :0]) for k, v in pairs(cache)]
 
 
-def _subclassed(model: nn.Module, names: tuple[str, ...], cache: str, fixed: Mapping[str, Any]) -> nn.Module:
-    """Return a clone of ``model`` whose forward takes ``names`` alone, with the argument ``cache`` opened."""
-    base = type(model)
+def _opened(model: nn.Module, names: tuple[str, ...], cache: str, fixed: Mapping[str, Any]) -> nn.Module:
+    """Return a clone of ``model`` whose forward takes ``names`` and the opened argument ``cache``."""
+    always = {**fixed, "use_cache": True, "return_dict": True}
 
-    def forward(self: nn.Module, **inputs: Any) -> dict[str, Any]:
+    def call(base: Any, module: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         past = inputs.pop(cache)
         _tie(inputs, past)
-        held = _closed(past)
-        out = base.forward(self, **fixed, **inputs, **{cache: held, "use_cache": True, "return_dict": True})
+        held = closed(past)
+        out = base.forward(module, **always, **inputs, **{cache: held})
         kept = {n: x for n, x in out.items() if n != cache and x is not None}
         layers: list[Any] = held.layers
         return kept | {PRESENT: [(x.keys, x.values) for x in layers]}
 
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    shown = inspect.Signature([inspect.Parameter(n, kind) for n in ("self", *names)])
-    forward.__signature__ = shown  # type: ignore[attr-defined]
-    fixed = {n: v for n, v in fixed.items() if n not in ("use_cache", "return_dict")}
-    clone = clone_module(model)
-    body = {"forward": forward, "__module__": base.__module__, _MARK: cache}
-    clone.__class__ = type(base.__name__, (base,), body)
-    return clone
+    return subclassed(model, (*names, cache), call)
 
 
 def _tie(inputs: Mapping[str, Any], past: Pairs) -> None:
     """Say which sizes are equal, so that the program has one name for each and the file says so."""
     batch, _, length, _ = past[0][0].shape
     for x in (t for pair in past for t in pair):
-        _equal(x.shape[0], batch, f"the batch of {PAST}")
-        _equal(x.shape[2], length, f"the positions of {PAST}")
+        equal(x.shape[0], batch, f"the batch of {PAST}")
+        equal(x.shape[2], length, f"the positions of {PAST}")
     tokens, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if not isinstance(tokens, torch.Tensor):
         return
-    _equal(tokens.shape[0], batch, f"the batch of {PAST} and input_ids")
+    equal(tokens.shape[0], batch, f"the batch of {PAST} and input_ids")
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        _equal(mask.shape[0], batch, f"the batch of {PAST} and attention_mask")
-        _equal(mask.shape[1], length + tokens.shape[1], "attention_mask and past and new tokens")
-
-
-def _equal(a: int, b: int, what: str) -> None:
-    """Tell torch.export that two sizes are equal; outside of it, refuse unequal ones."""
-    torch._check(a == b, lambda: f"expected one size for {what}, found {a} and {b}")  # type: ignore[no-untyped-call]
-
-
-def _closed(past: Pairs) -> Cache:
-    """Return a cache of transformers that holds these tensors and keeps every position."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    cache = DynamicCache()
-    for keys, values in past:
-        layer = DynamicLayer()  # type: ignore[no-untyped-call]
-        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
-        layer.keys, layer.values = keys, values
-        cache.layers.append(layer)
-    return cache
-
-
-def _pairs(cache: Cache) -> Pairs:
-    """Return key and value of each layer; positions that a window has passed are filled with zeros."""
-    return [_pair(i, layer) for i, layer in enumerate(cache.layers)]
-
-
-def _pair(index: int, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-        raise CaptureError(
-            f"opening a cache: expected layers that grow token by token (DynamicLayer), found "
-            f"{type(layer).__name__} in layer {index}"
-        )
-    if not layer.is_initialized:
-        raise CaptureError(
-            f"opening a cache: expected a past of at least 2 positions, found none in layer {index}; pass a "
-            "cache that a call has filled, or none at all, and one is made"
-        )
-    passed = int(layer.get_seq_length()) - layer.keys.shape[-2]
-    return tuple(nn.functional.pad(x, (0, 0, passed, 0)) for x in (layer.keys, layer.values))  # type: ignore[return-value]
+        equal(mask.shape[0], batch, f"the batch of {PAST} and attention_mask")
+        equal(mask.shape[1], length + tokens.shape[1], "attention_mask and past and new tokens")
 
 
 def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -269,7 +205,7 @@ class _Whole(nn.Module):
 
     def forward(self, **tokens: torch.Tensor) -> Any:
         """Return the first output for the tokens from ``start`` on."""
-        return next(_tensors(self.model(**tokens, use_cache=False)))[:, self.start :]
+        return next(outputs(self.model(**tokens, use_cache=False)))[:, self.start :]
 
 
 class _Steps(nn.Module):
@@ -286,35 +222,5 @@ class _Steps(nn.Module):
         for end in (self.start, length - 1, length):
             done = self.opened(**_rest(_first(tokens, end), before), past_key_values=past)
             past, before = done[PRESENT], end
-            outs.append(next(_tensors(done)))
+            outs.append(next(outputs(done)))
         return torch.cat(outs[1:], 1)
-
-
-def _tensors(out: Any) -> Iterator[torch.Tensor]:
-    yield from (x for x in out.values() if isinstance(x, torch.Tensor))
-
-
-def _check_steps(model: nn.Module, opened: nn.Module, tokens: Mapping[str, Any], start: int) -> None:
-    """Refuse a model whose steps with an open cache differ from one call over all tokens.
-
-    Errors are held against a run in fp64 (``check_model``), ``FAR`` tolerances of one run, since a step has
-    other shapes and so another order of sums; where there is no such run, half of the digits must agree.
-    """
-    whole, steps = _Whole(model, start), _Steps(opened, start, _empty(model, tokens))
-    found = check_model(whole, steps, (), tokens, bounded=False)
-    error, tolerance = found.get("error"), found.get("tolerance")
-    if error is not None and tolerance is not None:
-        ok = error <= FAR * tolerance
-    else:
-        ok = bool(found["ok"]) and found["relative"] ** 2 <= _unit(model)
-    if not ok:
-        why = found["reason"] or f"they differ by {found['relative']:.1e} of the largest"
-        raise CaptureError(
-            f"{type(model).__name__}: expected steps with a cache of all positions to compute what one call "
-            f"over all tokens does; found outputs that do not: {why}"
-        )
-
-
-def _unit(model: nn.Module) -> float:
-    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
-    return torch.finfo(dtypes[0] if dtypes else torch.float32).eps

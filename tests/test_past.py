@@ -116,6 +116,6 @@ def test_what_cannot_be_opened_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     static = transformers.StaticCache(config=model.config, max_cache_len=30)
     with pytest.raises(CaptureError, match="expected layers that grow token by token"):
         with_past(model, (), step | {"past_key_values": static})
-    monkeypatch.setattr(past, "_closed", lambda pairs: transformers.DynamicCache(pairs[1:] + pairs[:1]))
+    monkeypatch.setattr(past, "closed", lambda pairs: transformers.DynamicCache(pairs[1:] + pairs[:1]))
     with pytest.raises(CaptureError, match="to compute what one call over all tokens does"):
         with_past(model)
