@@ -23,22 +23,29 @@ NUMBERS = 1 << 29
 DEPTH = 100
 """Messages inside messages: what protobuf's own parsers allow."""
 FIELDS = 3_000_000
-"""A model of 90,000 nodes with shapes and metadata has about so many fields."""
+"""A model of 50,000 nodes with shapes and five entries of metadata each has about 1.5 million."""
 MEMORY = 256 << 20
 """Bytes that objects may take beside the file's bytes and a copy of them."""
 OBJECT = {
-    "NodeProto": 1000,
-    "ValueInfoProto": 1200,
-    "TensorProto": 1800,
-    "AttributeProto": 600,
+    "NodeProto": 900,
+    "ValueInfoProto": 700,
+    "TensorProto": 1700,
+    "AttributeProto": 500,
     "GraphProto": 4000,
     "FunctionProto": 5000,
+    "TypeProto": 120,
+    "Tensor": 120,
+    "TensorShapeProto": 120,
+    "Dimension": 200,
+    "StringStringEntryProto": 120,
 }
 """Bytes of the objects for one message: measured with onnx 1.23 and onnx-ir 1.1; more where one is slow."""
 SMALL = 250
-"""Bytes for a message of any other kind, or for one text beside its characters."""
-OUTPUT = 500
-"""Bytes for the name of a node's output, which becomes a value."""
+"""Bytes for a message of any other kind."""
+NAME = 100
+"""Bytes for one text beside its characters."""
+EDGE = {"input": 250, "output": 500}
+"""Bytes for the name of a node's input, a use of a value, and of its output, a value."""
 NUMBER = 48
 """Bytes for a number in an attribute, which becomes a Python object."""
 TEXT = 16 << 20
@@ -223,7 +230,7 @@ def _field(f: Any, message: str) -> _Field:
         cost = OBJECT.get(f.message_type.name, SMALL)
         return _Field(f.name, "message", _LENGTH, repeated, cost, f.message_type)
     if f.type in (f.TYPE_STRING, f.TYPE_BYTES):
-        cost = OUTPUT if (message, f.name) == ("NodeProto", "output") else SMALL if repeated else 100
+        cost = EDGE.get(f.name, NAME) if message == "NodeProto" else NAME
         return _Field(f.name, "text" if f.type == f.TYPE_STRING else "bytes", _LENGTH, repeated, cost)
     wide = f.cpp_type in (f.CPPTYPE_INT64, f.CPPTYPE_UINT64, f.CPPTYPE_DOUBLE)
     fixed = {f.TYPE_FLOAT: _FIXED32, f.TYPE_DOUBLE: _FIXED64}.get(f.type)

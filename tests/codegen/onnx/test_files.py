@@ -311,7 +311,7 @@ def test_deeply_nested_types_are_refused(tmp_path: Path):
         (message(1, b""), 400_000),  # nodes
         (message(1, b"\x12\x00"), 400_000),  # nodes with an output of no name
         (message(5, b""), 200_000),  # initializers
-        (message(11, b"\x0a\x00"), 300_000),  # inputs
+        (message(11, b"\x0a\x00"), 400_000),  # inputs
         (message(1, message(5, message(8, b"\0" * 8_000_000))), 1),  # numbers of an attribute, a byte each
         (message(5, message(7, b"\0" * 40_000_000)), 1),  # numbers of a tensor, a byte for eight
     ],
