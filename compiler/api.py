@@ -192,10 +192,10 @@ def export_onnx(
         else optimize(model, args, kwargs, cost_model=False, progress=progress)
     )
     state = session(fast)
+    notes: list[str] = []
     if not state.attends:
-        raise RewriteError(
-            "export_onnx: expected a model optimized with example inputs, found one not captured whole"
-        )
+        fast, notes = _with_fixed_values(fast, state)
+        state = session(fast)
     if is_opened(fast):
         check_free(state.attends[0])
     return export(
@@ -205,6 +205,30 @@ def export_onnx(
         force=force,
         check_inputs=[(state.args, state.kwargs)],
         reference=reference(fast),
+        notes=notes,
+    )
+
+
+def _with_fixed_values(fast: nn.Module, state: Session) -> tuple[nn.Module, list[str]]:
+    """Capture a model whole by fixing the values that it turns into sizes; return it and notes that say so.
+
+    Raises:
+        RewriteError: there are no such values, or the model cannot be captured with them either.
+    """
+    from attnc.fixed_values import fix_values, followed_constants
+
+    found = fix_values(fast, state.args, state.kwargs) if state.args or state.kwargs else None
+    if found is not None:
+        module, rest, values = found
+        with followed_constants():
+            fast = optimize(module, (), rest, forms=state.forms, cost_model=False)
+        if session(fast).attends:
+            notes = [f"{n} is fixed to {v}: the model makes sizes of it" for n, v in values.items()]
+            for note in notes:
+                log.warning("export_onnx: %s", note)
+            return fast, notes
+    raise RewriteError(
+        "export_onnx: expected a model optimized with example inputs, found one not captured whole"
     )
 
 

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from attnc.errors import CaptureError
 from attnc.examples import SEED, Sizes, is_encoder, odd_length
+from attnc.forwards import bound_arguments
 from attnc.past_cache import PAST, PRESENT, Pairs, check_steps, closed, equal, outputs, pairs, subclassed
 
 NEW_TOKENS = 5
@@ -57,7 +58,7 @@ def with_past(
 
         model = open_model(os.fspath(model)).model
     assert isinstance(model, nn.Module), "a model is a module or the path of one"
-    given = _bound(model, args, kwargs) if holds_cache(args, kwargs) else {}
+    given = bound_arguments(model, args, kwargs) if holds_cache(args, kwargs) else {}
     if not given:
         _check_decoder(model)
         return _made(model, sizes or Sizes())
@@ -148,19 +149,6 @@ def _tie(inputs: Mapping[str, Any], past: Pairs) -> None:
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
         equal(mask.shape[0], batch, f"the batch of {PAST} and attention_mask")
         equal(mask.shape[1], length + tokens.shape[1], "attention_mask and past and new tokens")
-
-
-def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the arguments of a call by name."""
-    try:
-        bound = inspect.signature(model.forward).bind(*args, **(kwargs or {}))
-    except TypeError as error:
-        raise CaptureError(f"{type(model).__name__}: these inputs do not fit its forward: {error}") from error
-    named = dict(bound.arguments)
-    for parameter in bound.signature.parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            named |= named.pop(parameter.name, {})
-    return named
 
 
 def _is_cache(value: object) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from attnc.errors import CaptureError
-from attnc.result import clone_module
+from attnc.forwards import with_forward
 from attnc.verify_model import check_model
 
 if TYPE_CHECKING:
@@ -35,22 +34,8 @@ def subclassed(
     names: tuple[str, ...],
     call: Callable[[type, nn.Module, dict[str, Any]], dict[str, Any]],
 ) -> nn.Module:
-    """Return a clone of ``model`` whose forward takes ``names`` and is ``call(class, module, inputs)``.
-
-    It is of a subclass with the same name, so sites keep their module paths.
-    """
-    base = type(model)
-
-    def forward(self: nn.Module, **inputs: Any) -> dict[str, Any]:
-        return call(base, self, inputs)
-
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    shown = inspect.Signature([inspect.Parameter(n, kind) for n in ("self", *names)])
-    forward.__signature__ = shown  # type: ignore[attr-defined]
-    clone = clone_module(model)
-    body = {"forward": forward, "__module__": base.__module__, _MARK: True}
-    clone.__class__ = type(base.__name__, (base,), body)
-    return clone
+    """Return ``model`` with the forward ``call`` (``attnc.forwards``), known as one with an open cache."""
+    return with_forward(model, names, call, **{_MARK: True})
 
 
 def equal(a: int, b: int, what: str) -> None:

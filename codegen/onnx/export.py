@@ -108,13 +108,15 @@ def export_model(
     tolerance: float | None = None,
     external_data: bool | None = None,
     force: bool = False,
+    notes: Sequence[str] = (),
 ) -> Exported:
     """Write ``program`` to ``path`` as ONNX for ``target`` and say what was written.
 
     ``check_inputs`` are (args, kwargs) on which the file is run against ``reference`` (default: the program
     itself), and again at other sizes where they are dynamic (``parity``); None checks the sites alone.
     ``tolerance`` is absolute, None derives it. ``dim_names`` names dynamic sizes by input and axis.
-    ``external_data`` None decides by size.  Nothing is left at ``path`` unless all checks pass.
+    ``external_data`` None decides by size; ``notes`` go into the file's metadata.  Nothing is left at
+    ``path`` unless all checks pass.
 
     Raises:
         CodegenError: a bad path or target, an operator without translation, a model that ONNX Runtime refuses
@@ -132,14 +134,14 @@ def export_model(
     opset = max([capabilities.opset, *(d.choice.row.opset for d in decisions if d.choice.row)])
     base = convert(program, [d.call for d in decisions], opset)
     can_run = not any(d.checked.in_float32 for d in decisions)
-    job = _Job(program, base, target, capabilities, opset, dim_names, can_run)
+    job = _Job(program, base, target, capabilities, opset, dim_names, can_run, notes)
     with placing.Sibling(path) as folder:
         temporary = folder / path.name
-        sites, notes = job.write(decisions, temporary, external_data)
+        sites, remarks = job.write(decisions, temporary, external_data)
         checks = _compared(job, temporary, calls, reference, tolerance)
         if any(not c.ok for c in checks) and any(d.choice.row for d in decisions):
             decisions = _all_basic(decisions, next(c for c in checks if not c.ok))
-            sites, notes = job.write(decisions, temporary, external_data)
+            sites, remarks = job.write(decisions, temporary, external_data)
             checks = _compared(job, temporary, calls, reference, tolerance)
         bad = [c for c in checks if not c.ok]
         if bad:
@@ -149,7 +151,7 @@ def export_model(
         files = placing.place(folder, path, old, force)
     for site in sites:
         log.info("%s: %s (%s)", site.id, site.operator, site.reason)
-    return Exported(files, opset, tuple(sites), tuple(checks), notes)
+    return Exported(files, opset, tuple(sites), tuple(checks), remarks)
 
 
 def _check_program(program: ExportedProgram) -> None:
@@ -213,6 +215,7 @@ class _Job:
     opset: int
     dim_names: names.DimNames | None
     can_run: bool
+    notes: Sequence[str]
 
     def write(
         self, decisions: Sequence[Decision], path: Path, external: bool | None
@@ -232,7 +235,7 @@ class _Job:
         names.rename_outputs(model, names.output_names(self.program))
         names.rename_sizes(model, names.size_names(self.program, self.dim_names))
         sites = [site_export(d, w, self.capabilities.name) for d, w in zip(decisions, written, strict=True)]
-        notes = [self.capabilities.note] if self.capabilities.note else []
+        notes = [*self.notes, *filter(None, [self.capabilities.note])]
         if not self.can_run:
             notes.append("the file was not run: no kernels for its types on the CPU provider")
         if form is not None:

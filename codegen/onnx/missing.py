@@ -1,4 +1,4 @@
-"""Translations of operators that torch's exporter has none for."""
+"""Translations of operators that torch's exporter has none for, or one that does not run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,48 @@ def translations(opset: int) -> dict[Any, Any]:
         packet = getattr(getattr(torch.ops, namespace), name, None)
         if packet is not None:
             found[packet.default] = _grouped_mm(opset)
+    found[torch.ops.aten.sym_numel.default] = _numel(opset)
+    found[torch.ops.aten.repeat_interleave.self_int] = _repeat_interleave(opset)
     return found
+
+
+def _repeat_interleave(opset: int) -> Any:
+    """Return the translation of ``repeat_interleave(x, repeats, dim)`` with one number of repeats.
+
+    The exporter's own (onnxscript 0.7) expands to a wrong shape without a dim.
+    """
+    import onnxscript
+
+    op: Any = getattr(onnxscript, f"opset{opset}")
+
+    def repeat_interleave(
+        x: Any, repeats: int, dim: int | None = None, output_size: int | None = None
+    ) -> Any:
+        if dim is None:
+            x, rank, dim = op.Reshape(x, [-1]), 1, 0
+        else:
+            rank = len(x.shape)
+            dim %= rank
+        parted = op.Unsqueeze(x, [dim + 1])
+        tiles = [1] * (rank + 1)
+        tiles[dim + 1] = repeats
+        before, after = op.Shape(x, start=0, end=dim), op.Shape(x, start=dim + 1)
+        shape = op.Concat(before, op.Constant(value_ints=[-1]), after, axis=0)
+        return op.Reshape(op.Tile(parted, tiles), shape)
+
+    return repeat_interleave
+
+
+def _numel(opset: int) -> Any:
+    """Return the translation of ``x.numel()`` where a size of ``x`` varies."""
+    import onnxscript
+
+    op: Any = getattr(onnxscript, f"opset{opset}")
+
+    def numel(x: Any) -> Any:
+        return op.Size(x)
+
+    return numel
 
 
 def _grouped_mm(opset: int) -> Any:

@@ -24,6 +24,9 @@ from attnc.errors import CodegenError
 
 log = logs.get("codegen")
 
+OTHER = (0.5, 2.0)
+"""The other sizes to try, times those of the example; the first at which the model itself runs."""
+
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 Reference = Callable[..., Any]
 
@@ -62,7 +65,8 @@ def compare(
 ) -> list[Parity]:
     """Run the model at ``path`` and the reference on ``inputs``, and at more sizes if sizes are dynamic.
 
-    The reference is by default ``program`` itself; then what it does not accept is not run.
+    The reference is by default ``program`` itself.  Of the other sizes, what it does not accept is not run:
+    a model that divides a size by a number may refuse half of it, and take twice of it.
 
     Raises:
         CodegenError: ONNX Runtime does not load the model, or the inputs are not the program's.
@@ -72,16 +76,16 @@ def compare(
     except failures() as e:
         raise CodegenError(f"ONNX export: ONNX Runtime refuses the model: {str(e).splitlines()[0]}") from e
     run = reference or program.module()
-    pairs = [(i, True) for i in inputs]
+
+    def one(call: Inputs, must_run: bool) -> Parity | None:
+        return _one(session, program, run, *call, tolerance, must_run)
+
+    found = [one(i, True) for i in inputs]
     if inputs:
-        second = other_size(program, *inputs[0])
-        pairs += [(second, True)] if second is not None else []
-        pairs += [(i, False) for i in _at_edges(program, *inputs[0])]
-    out = []
-    for (args, kwargs), must_run in pairs:
-        found = _one(session, program, run, args, kwargs, tolerance, must_run)
-        out += [found] if found is not None else []
-    return out
+        others = (other_size(program, *inputs[0], times) for times in OTHER)
+        found.append(next(filter(None, (one(i, False) for i in others if i is not None)), None))
+        found += [one(i, False) for i in _at_edges(program, *inputs[0])]
+    return [f for f in found if f is not None]
 
 
 def by_name(program: ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
@@ -113,8 +117,10 @@ def leaves(program: ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str,
     return flat
 
 
-def other_size(program: ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs | None:
-    """Return the same call at other sizes, about half of each (or one more); None if all are fixed.
+def other_size(
+    program: ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any], times: float = 0.5
+) -> Inputs | None:
+    """Return the same call at other sizes, about ``times`` each (and another one); None if all are fixed.
 
     Values are those of the given inputs, so ids stay ids.
     """
@@ -123,7 +129,8 @@ def other_size(program: ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[
     for symbol, size in sizes.items():
         least, most = _range(program, symbol)
         half = size // 2 + 1 if size > 2 else size + 1
-        sizes[symbol] = int(min(max(half, least), most))
+        wanted = half if times < 1 else int(size * times)
+        sizes[symbol] = int(min(max(wanted, least), most))
     return _call(program, flat, sizes, args, kwargs) if sizes else None
 
 

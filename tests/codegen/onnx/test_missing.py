@@ -42,6 +42,20 @@ def test_grouped_products_run_whatever_the_groups_are(tmp_path: Path) -> None:
     assert (found[4:] == 0).all(), "rows of no expert are zeros"
 
 
+class Repeats(nn.Module):
+    """Elements repeated in place, with and without a dim."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x.repeat_interleave(3), x.repeat_interleave(2, 0), x.repeat_interleave(2, dim=-1)
+
+
+def test_repeats(tmp_path: Path) -> None:
+    x = torch.randn(2, 5)
+    program = torch.export.export(Repeats(), (x,), dynamic_shapes=({1: Dim("n")},), strict=False)
+    done = export_model(program, tmp_path / "m.onnx", check_inputs=[((x,), {})])
+    assert [c.shape for c in done.checks] == [(2, 5), (2, 3)]
+
+
 class Written(nn.Module):
     """Each site's result is written into its place of one tensor."""
 
