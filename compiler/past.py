@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from attnc import past_encoder
 from attnc.errors import CaptureError
 from attnc.examples import SEED, Sizes, is_encoder, odd_length
 from attnc.forwards import bound_arguments
@@ -61,7 +62,9 @@ def with_past(
     given = bound_arguments(model, args, kwargs) if holds_cache(args, kwargs) else {}
     if not given:
         _check_decoder(model)
-        return _made(model, sizes or Sizes())
+        config: Any = model.config
+        made = past_encoder.made if config.is_encoder_decoder else _made
+        return made(model, sizes or Sizes())
     name = next(n for n, value in given.items() if _is_cache(value))
     inputs = {n: v for n, v in given.items() if n != name and _has_tensor(v)}
     fixed = {n: v for n, v in given.items() if n != name and n not in inputs}
@@ -164,7 +167,7 @@ def _check_decoder(model: Any) -> None:
     accepted = inspect.signature(type(model).forward).parameters
     modeling = sys.modules.get("transformers.modeling_utils")
     ours = modeling is not None and isinstance(model, modeling.PreTrainedModel) and PAST in accepted
-    if not ours or is_encoder(model.config) or model.config.is_encoder_decoder:
+    if not ours or (is_encoder(model.config) and not model.config.is_encoder_decoder):
         raise CaptureError(
             f"{type(model).__name__}: expected a decoder of transformers, whose forward takes {PAST}\n"
             "  try: for a module of your own that takes and returns its past as tensors, export it as it is, "

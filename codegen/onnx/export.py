@@ -18,11 +18,12 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument
 
 from attnc import logs
-from attnc.codegen.onnx import names, parity, placing, runtime, table
+from attnc.codegen.onnx import lengths, names, parity, placing, runtime, table
 from attnc.codegen.onnx.assemble import assemble, sign
 from attnc.codegen.onnx.check import Checked, check_in_float32, check_site
 from attnc.codegen.onnx.linear import choose_form
 from attnc.codegen.onnx.lower import Written
+from attnc.codegen.onnx.native import attend_natively
 from attnc.codegen.onnx.sites import Call
 from attnc.codegen.onnx.translate import LINEAR, convert, find_calls, flat
 from attnc.errors import CodegenError
@@ -125,7 +126,7 @@ def export_model(
     path = Path(path)
     old = placing.check_free(path, force)
     _check_program(program)
-    program = flat(program)
+    program = lengths.write_known_sizes(flat(attend_natively(program)))
     calls = [parity.by_name(program, *inputs) for inputs in check_inputs or ()]
     for args, kwargs in calls:
         parity.leaves(program, args, kwargs)

@@ -17,6 +17,31 @@ from torch.export.graph_signature import OutputKind
 
 from attnc.codegen.onnx.names import input_names, input_nodes
 from attnc.errors import CodegenError
+from attnc.programs import copy_program
+
+_RESHAPES = (
+    torch.ops.aten.view.default,
+    torch.ops.aten.reshape.default,
+    torch.ops.aten._unsafe_view.default,
+)
+
+
+def write_known_sizes(program: ExportedProgram) -> ExportedProgram:
+    """Return ``program`` with the number for each -1 in a reshape that stands for a fixed size.
+
+    ONNX, as torch, cannot tell what -1 is where another size is 0.
+    """
+    copied = copy_program(program)
+    for node in copied.graph.nodes:
+        if node.target in _RESHAPES:
+            sizes, value = list(node.args[1]), node.meta["val"]
+            known = [
+                int(v) if n == -1 and isinstance(v, int) else n
+                for n, v in zip(sizes, value.shape, strict=True)
+            ]
+            node.args = (node.args[0], known)
+    copied.graph_module.recompile()
+    return copied
 
 
 def past_lengths(program: ExportedProgram) -> dict[Any, Any]:
@@ -70,14 +95,33 @@ def check_free(program: ExportedProgram) -> None:
 def edges(program: ExportedProgram, sizes: Mapping[Any, int]) -> Iterator[dict[Any, int]]:
     """Yield the sizes to run besides ``sizes`` because a past may be empty and a step one position long.
 
-    Yields: an empty past; the same with all else 1; one new position; one of all but the past.
+    Yields: an empty past; the same with all else 1; one new position; one of all but the past; and one new
+    position with nothing new for a past that nothing else grows with, as an encoder's states in later steps.
     """
     pasts = past_lengths(program)
     if not pasts:
         return
+    new = {n for n in pasts.values() if n is not None}
+    idle = new - _shown(program)
     empty = dict.fromkeys(pasts, 0)
-    step = {new: 1 for new in pasts.values() if new is not None}
+    step = dict.fromkeys(new, 1)
     single = {s: 1 for s in sizes if s not in pasts}
-    for change in (empty, single | empty, step, single):
+    later = step | dict.fromkeys(idle, 0) if idle and idle != new else {}
+    for change in (empty, single | empty, step, single, later):
         if change:
             yield dict(sizes) | change
+
+
+def _shown(program: ExportedProgram) -> set[Any]:
+    """Return the symbols in the sizes of outputs that are no longer past."""
+    output = next(n for n in reversed(program.graph.nodes) if n.op == "output")
+    inputs = set(input_nodes(program))
+    found: set[Any] = set()
+    for node in output.all_input_nodes:
+        grown = node.target is torch.ops.aten.cat.default and _past_and_new(node, inputs) is not None
+        value = node.meta.get("val")
+        if not grown and isinstance(value, torch.Tensor):
+            for size in value.shape:
+                if isinstance(size, torch.SymInt):
+                    found |= size.node.expr.free_symbols
+    return found

@@ -58,10 +58,14 @@ def input_names(program: ExportedProgram) -> list[str]:
 
 
 def _cache_name(path: Sequence[str]) -> str | None:
-    """Return the name of a tensor in a list of (key, value) pairs that is called past or present."""
-    if len(path) != 3 or not path[0].startswith(CACHES) or not path[1].isdigit():
+    """Return the name of a tensor in a list of (key, value) pairs that is called past or present.
+
+    A layer may have several pairs by name: ``past_key_values.0.encoder.key``.
+    """
+    if len(path) < 3 or not path[0].startswith(CACHES) or not path[1].isdigit():
         return None
-    return f"{path[0]}.{path[1]}.{ {'0': 'key', '1': 'value'}.get(path[2], path[2]) }"
+    *way, last = path
+    return ".".join([*way, {"0": "key", "1": "value"}.get(last, last)])
 
 
 def output_names(program: ExportedProgram) -> list[str]:
@@ -154,7 +158,7 @@ def size_names(program: ExportedProgram, given: DimNames | None) -> dict[str, st
 def _fresh(name: str, axis: int, taken: set[str]) -> str:
     plain = {0: "batch", 1: "sequence"}.get(axis, f"{name}_dim{axis}")
     if axis == 2 and name.endswith((".key", ".value")):
-        plain = "past_sequence"
+        plain = "encoder_past_sequence" if ".encoder." in name else "past_sequence"
     return plain if plain not in taken else f"{name}_{plain}"
 
 
