@@ -7,12 +7,13 @@ Source: ONNX, Intermediate Representation: Graphs, Names within a graph, Functio
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from attnc.codegen.onnx.payload import type_name
+from attnc.codegen.onnx.payload import AXES, type_name
 from attnc.codegen.onnx.wire import SHOWN, quoted
 from attnc.errors import CheckpointError
 
@@ -37,6 +38,8 @@ ATTRIBUTES: Mapping[str, str] = {
 }
 """The field that holds an attribute of each type."""
 STEPS = 5
+ELEMENTS = 2**48
+"""No computer holds a tensor of more elements; sizes above overflow where they are multiplied."""
 NAME = 256
 PARENTHESES, POWERS = 50, 4
 _POWER = re.compile(r"\*\*(?!\d(?!\d|\*\*))")
@@ -244,7 +247,13 @@ def check_type(t: onnx.TypeProto, where: str) -> None:
         raise CheckpointError(f"{where}: expected the type of what the sequence holds, found none")
     if tensor.HasField("elem_type") and tensor.elem_type and type_name(tensor.elem_type) is None:
         raise CheckpointError(f"{where}: expected an element type, found number {tensor.elem_type}")
-    for axis, dim in enumerate(tensor.shape.dim):
+    dims = tensor.shape.dim
+    if len(dims) > AXES:
+        raise CheckpointError(f"{where}: expected at most {AXES} axes, found {len(dims)}")
+    if math.prod(d.dim_value for d in dims if d.dim_value > 0) > ELEMENTS:
+        found = quoted([d.dim_value for d in dims])
+        raise CheckpointError(f"{where}: expected at most {ELEMENTS:.0e} elements, found sizes {found}")
+    for axis, dim in enumerate(dims):
         if dim.HasField("dim_value") and dim.dim_value < 0:
             raise CheckpointError(
                 f"{where}, axis {axis}: expected a size >= 0 or a name, found {dim.dim_value}; give it a "

@@ -17,7 +17,8 @@ import onnx_ir as ir
 
 from attnc.codegen.onnx.files import custom_operators, open_model
 from attnc.codegen.onnx.wire import MEMORY
-from attnc.errors import CheckpointError
+from attnc.errors import AttncError, CheckpointError
+from attnc.onnx_file import inspect_onnx
 from tests.fuzz_files.mutate import mutated
 from tests.fuzz_files.seeds import seeds
 from tests.fuzz_files.watch import trespasses, watched
@@ -27,13 +28,22 @@ HELD = 2 << 30
 """Bytes of address space beside what the process starts with: a leak ends in MemoryError, not in swapping."""
 
 
-def use(model: ir.Model) -> None:
-    """Do what a reader does with an opened model: read all weights, name operators, write it as bytes."""
+def use(path: Path) -> str:
+    """Do what a reader does with a file: read all weights, name operators, write it as bytes, inspect it.
+
+    Return why it cannot be inspected, or nothing.
+    """
+    model = open_model(path)
     for value in model.graph.initializers.values():
         if value.const_value is not None:
             value.const_value.numpy()
     custom_operators(model)
     ir.to_proto(model).SerializeToString()
+    try:
+        inspect_onnx(path)
+    except AttncError as e:
+        return str(e)
+    return ""
 
 
 def status(word: str) -> int:
@@ -59,14 +69,14 @@ def judge(path: Path, size: int) -> dict[str, object]:
     before, start = status("VmRSS"), time.monotonic()
     with watched() as seen:
         try:
-            use(open_model(path))
-            verdict, why = "opened", ""
+            verdict, why = "opened", use(path)
         except CheckpointError as e:
             verdict, why = "refused", str(e)
         except BaseException as e:
             verdict, why = "failed", f"{type(e).__name__}: {e}"[:500]
     seconds, peak = time.monotonic() - start, status("VmHWM") - before
-    if verdict == "refused" and (not why.startswith(f"reading {path}: ") or "\n" in why or len(why) > 1500):
+    named = why.startswith(f"reading {path}: ") or verdict != "refused"
+    if verdict != "failed" and (not named or "\n" in why or len(why) > 1500):
         verdict, why = "failed", f"an unclear message: {why[:500]}"
     if away := trespasses(seen, path.parent):
         verdict, why = "failed", f"it did {away[:3]}"
@@ -88,7 +98,7 @@ def main() -> None:
     models, path = seeds(), folder / "m.onnx"
     for data in models:  # everything that is imported on first use is imported now
         path.write_bytes(data)
-        use(open_model(path))
+        use(path)
     limit = status("VmSize") + HELD
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     for seed in range(first, last):

@@ -11,12 +11,12 @@ import numpy as np
 import onnx
 import pytest
 
-from attnc.codegen.onnx.files import open_model
 from attnc.errors import CheckpointError
+from attnc.onnx_file import inspect_onnx
 from tests.fuzz_files import child
 from tests.fuzz_files.batch import keep, outcomes
 from tests.fuzz_files.mutate import MUTATIONS, mutated, parse, written
-from tests.fuzz_files.seeds import SECRET, make_folder, seeds
+from tests.fuzz_files.seeds import SECRET, attention, make_folder, seeds
 from tests.fuzz_files.watch import trespasses, watched
 
 FILES = 200
@@ -38,8 +38,15 @@ def test_valid_models_are_opened(tmp_path: Path):
     folder = make_folder(tmp_path)
     for data in seeds():
         (folder / "m.onnx").write_bytes(data)
-        child.use(open_model(folder / "m.onnx"))
+        assert child.use(folder / "m.onnx") == ""
         onnx.load(folder / "m.onnx")
+
+
+def test_one_of_the_models_holds_attention_that_inspect_finds(tmp_path: Path):
+    folder = make_folder(tmp_path)
+    (folder / "m.onnx").write_bytes(attention().SerializeToString())
+    (site,) = inspect_onnx(folder / "m.onnx").sites
+    assert "softmax" in site.spec
 
 
 def test_a_seed_gives_the_same_file_and_fields_survive_reading_and_writing():

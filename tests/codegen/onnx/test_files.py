@@ -460,6 +460,16 @@ def negative_size(m: onnx.ModelProto) -> None:
     m.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
 
 
+def many_axes(m: onnx.ModelProto) -> None:
+    m.graph.output[0].type.tensor_type.shape.dim.extend(
+        [m.graph.output[0].type.tensor_type.shape.dim[0]] * 100
+    )
+
+
+def huge(m: onnx.ModelProto) -> None:
+    m.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2**62
+
+
 def tower(m: onnx.ModelProto) -> None:
     m.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "9**9**9**9"
 
@@ -538,6 +548,8 @@ def sparse_attribute(m: onnx.ModelProto) -> None:
         (no_shape, "input 'x': it needs a size or a name for each axis, expected a shape, found none"),
         (no_type, "input 'x': expected an element type, found none"),
         (negative_size, "value 'x', axis 0: expected a size >= 0 or a name, found -1"),
+        (many_axes, "value 'y': expected at most 64 axes, found 102"),
+        (huge, "value 'x': expected at most 3e+14 elements, found sizes [4611686018427387904, 4]"),
         (tower, "value 'x', axis 0: expected a name of a size, found '9**9**9**9'"),
         (no_opset, "expected an opset of ai.onnx, found none"),
         (old_opset, "expected an opset of ai.onnx from 7 to 26, found 6"),
