@@ -27,6 +27,7 @@ from attnc.codegen.onnx.builder import OURS
 from attnc.codegen.onnx.export import SiteExport
 from attnc.codegen.onnx.files import open_model
 from attnc.codegen.onnx.reading import Reading, read
+from attnc.codegen.onnx.reading.reader import unread
 from attnc.codegen.onnx.splice import Replaced, Sized, Spliced, sized_elsewhere, splice
 from attnc.codegen.onnx.translate import calls_of
 from attnc.errors import CodegenError
@@ -123,7 +124,7 @@ def rewrite_onnx(
     with placing.Sibling(out) as folder:
         model = work.rewritten(verify)
         placing.save(model, folder / out.name, _has_external_data(work.model))
-        if verify:
+        if verify and work.live:
             work.check_file(folder / out.name)
         files = placing.place(folder, out, old, force)
     return RewrittenFile(tuple(work.sites), work.report(path.name), files)
@@ -327,7 +328,7 @@ class _Work:
             records.append(self._placed(record, job.found.anchor))
         records += [self._placed(missed_record(m, n, nodes), m.node) for m, n in self.missed]
         records += [r for j in self.jobs for r in other_records(j, nodes)]
-        records += _fused_records(self.model, {r.id for r in records})
+        records += _fused_records(self.model, self.reading)
         report = Report(attnc.__version__, name, self.target, records, self.stages)
         report.warnings += _unread(self.reading)
         report.warnings += [f"{j.found.match.site.id}: {j.reason}" for j in self.jobs if _internal(j)]
@@ -347,7 +348,8 @@ class _Work:
         if origin is not None:
             record.source = f"{origin.op_type} {origin.name}".strip()
             record.blocking_source = record.source if record.code else ""
-        record.conditions = [*record.conditions, *(f"{a} == {b}" for a, b in self.reading.equal.items())]
+        equal = (f"{a} == {b}" for a, b in self.reading.equal.items())
+        record.conditions = [*record.conditions, *equal, *self.reading.assumed]
         return record
 
 
@@ -400,14 +402,14 @@ def _names(namer: Namer, found: Found) -> dict[str, Any]:
 # ---------------------------------------------------------------- words
 
 
-def _fused_records(model: ir.Model, taken: set[str]) -> Iterator[SiteRecord]:
+def _fused_records(model: ir.Model, reading: Reading) -> Iterator[SiteRecord]:
     """Yield a record for each operator of the file that is attention already and was not read as such."""
+    nodes = {n.name: n for n in reading.graph.nodes}
+    known = {id(origin) for name, origin in reading.origins.items() if nodes[name].target is not unread}
     for node in model.graph:
-        if node.op_type not in FUSED or (node.domain == "" and node.op_type != "Attention"):
+        if node.op_type not in FUSED or node.domain == OURS or id(node) in known:
             continue
         name = node.name or node.outputs[0].name or node.op_type
-        if name in taken or node.domain == OURS:
-            continue
         miss = Miss("already-fused", name, f"the file has {node.domain or 'ai.onnx'}.{node.op_type} here")
         record = missed_record(miss, name, {})
         record.module, record.source = name, f"{node.op_type} {name}"

@@ -299,7 +299,8 @@ def test_site_that_disagrees_is_put_back(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_nothing_is_written_when_the_file_cannot_run(tmp_path: Path) -> None:
-    path = written(tmp_path / "in.onnx", SPELLED, inputs=QKV.replace("S,8] q", "S,6] q"))
+    inputs = f"{QKV}, float[3] one, float[4] two"
+    path = written(tmp_path / "in.onnx", f"{SPELLED} bad = Add(one, two)", inputs)
     with pytest.raises(CodegenError):
         rewrite_onnx(path, tmp_path / "out.onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["in.onnx"]

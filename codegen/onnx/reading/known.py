@@ -115,6 +115,10 @@ def _size(r: Reader, n: ir.Node, xs: Sequence[Items | None]) -> Items | None:
     return as_items([math.prod(r.x(n, 0).meta["val"].shape)], [])
 
 
+def _transpose(r: Reader, n: ir.Node, xs: Sequence[Items | None]) -> Items | None:
+    return None if xs[0] is None else xs[0].transpose(ints(n, "perm"))
+
+
 def _concat(r: Reader, n: ir.Node, xs: Sequence[Items | None]) -> Items | None:
     return np.concatenate([x for x in xs if x is not None], axis=number(n, "axis", 0))
 
@@ -235,6 +239,7 @@ KNOWN_RULES: dict[str, Rule] = {
     "Cast": _cast,
     "Shape": _shape,
     "Size": _size,
+    "Transpose": _transpose,
     "Concat": _concat,
     "Gather": _gather,
     "Slice": _slice,

@@ -132,7 +132,7 @@ def _convolution(r: Reader, n: ir.Node) -> fx.Node:
         raise UnreadError("its padding is automatic")
     if pads[:rank] != pads[rank:]:
         ours = [p for d in reversed(range(rank)) for p in (pads[d], pads[rank + d])]
-        x, pads = r.call(aten.constant_pad_nd.default, x, ours, 0), [0] * (2 * rank)
+        x, pads = r.pad(x, ours, 0), [0] * (2 * rank)
     strides, dilations = ints(n, "strides") or [1] * rank, ints(n, "dilations") or [1] * rank
     group, transposed = number(n, "group", 1), n.op_type == "ConvTranspose"
     extra = ints(n, "output_padding") or [0] * rank
@@ -194,6 +194,42 @@ def _attention(r: Reader, n: ir.Node) -> fx.Node:
     )
 
 
+def _fused_matmul(r: Reader, n: ir.Node) -> fx.Node:
+    """Read com.microsoft FusedMatMul: a product of transposed operands times a number."""
+    if number(n, "transBatchA", 0) or number(n, "transBatchB", 0):
+        raise UnreadError("it moves batch axes")
+    x, y = r.x(n, 0), r.x(n, 1)
+    x = r.call(aten.transpose.int, x, -2, -1) if number(n, "transA", 0) else x
+    y = r.call(aten.transpose.int, y, -2, -1) if number(n, "transB", 0) else y
+    r.align(x, y, skip=2)
+    out, alpha = r.call(aten.matmul.default, x, y), number(n, "alpha", 1.0)
+    return out if alpha == 1.0 else r.call(aten.mul.Tensor, out, alpha)
+
+
+def _first_like_input(r: Reader, n: ir.Node) -> fx.Node:
+    if any(o.uses() or o.is_graph_output() for o in n.outputs[1:]):
+        raise UnreadError("more than its first output is used")
+    return _like_input(r, n)
+
+
+OF_RUNTIME: dict[str, Rule] = {
+    "FusedMatMul": _fused_matmul,
+    **dict.fromkeys(
+        (
+            "SkipLayerNormalization",
+            "SkipSimplifiedLayerNormalization",
+            "SimplifiedLayerNormalization",
+            "BiasGelu",
+            "FastGelu",
+            "Gelu",
+            "QuickGelu",
+            "RotaryEmbedding",
+        ),
+        _first_like_input,
+    ),
+}
+"""Operators of ONNX Runtime's own domain, which its optimizer writes into files."""
+
 RULES: dict[str, Rule] = {
     "MatMul": _matmul,
     "Gemm": _gemm,
@@ -216,6 +252,7 @@ RULES: dict[str, Rule] = {
     "InstanceNormalization": _like_input,
     "GroupNormalization": _like_input,
     "LpNormalization": _like_input,
+    "SimplifiedLayerNormalization": _first_like_input,
     "Dropout": _dropout,
     "Attention": _attention,
 }

@@ -138,6 +138,10 @@ def _slice(r: Reader, n: ir.Node) -> fx.Node:
             x = _backwards(r, x, axis, start, end, step)
             continue
         end = _TO_THE_END if isinstance(end, int) and end >= _FAR else end
+        for bound in (start, end):
+            place = bound.meta["val"] if isinstance(bound, fx.Node) else bound
+            if place != _TO_THE_END and not (isinstance(place, int) and place <= 0):
+                r.symbols.assume_order(place, _sizes(x)[axis])
         x = r.call(aten.slice.Tensor, x, axis, start, end, step)
     return x
 
@@ -221,7 +225,11 @@ def _pad(r: Reader, n: ir.Node) -> fx.Node:
     fill = r.scalar(n, 2) if r.opset >= 11 else number(n, "value", 0.0)
     rank = len(_sizes(x))
     ours = [p for d in reversed(range(rank)) for p in (pads[d], pads[rank + d])]
-    return r.call(aten.constant_pad_nd.default, x, ours, 0 if fill is None else fill)
+    while ours and ours[-2:] == [0, 0]:
+        del ours[-2:]
+    if fill is not None and not isinstance(fill, int | float):
+        raise UnreadError("it pads with a size")
+    return r.pad(x, ours, 0 if fill is None else fill) if ours else x
 
 
 RULES: dict[str, Rule] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from attnc.codegen.onnx.reading import elementwise, layers, layout
+from attnc.codegen.onnx.reading.inference import inferred
 from attnc.codegen.onnx.reading.known import FROM_SHAPE, KNOWN_RULES
 from attnc.codegen.onnx.reading.reader import KNOWN, Entry, Items, Reader, UnreadError
 from attnc.codegen.onnx.reading.symbols import EqualSizesError, Symbols
@@ -42,6 +43,7 @@ class Reading:
         shape_readers: nodes of the file that read the shape of a value and no element, with its node's name.
         names: symbols to the names that the file has for the sizes.
         equal: sizes that must be a number, or equal to another size, for the graph to run.
+        assumed: what else was taken for granted of sizes, in words.
         unread: operators that are not read, how many there are of each, and why.
     """
 
@@ -53,6 +55,7 @@ class Reading:
     shape_readers: Sequence[tuple[ir.Node, str]]
     names: Mapping[str, str]
     equal: Mapping[str, str | int]
+    assumed: tuple[str, ...]
     unread: Mapping[str, tuple[int, str]]
 
 
@@ -62,10 +65,24 @@ def read(model: ir.Model) -> Reading:
     Raises:
         CodegenError: an input has no type or rank, or sizes contradict one another.
     """
+    noisy = logging.getLogger("torch._subclasses.fake_tensor")
+    level = noisy.level
+    noisy.setLevel(logging.CRITICAL)  # it reports each rule that torch refuses as an error
+    try:
+        return _read_again(model)
+    finally:
+        noisy.setLevel(level)
+
+
+def _read_again(model: ir.Model) -> Reading:
+    """Read, and read again with what turned out on the way: sizes that are equal, nodes not to be run."""
     equal: dict[str, str | int] = {}
+    refused: set[int] = set()
     for _ in range(_MOST_EQUAL):
         try:
-            return _read(model, equal)
+            return _read(model, equal, refused)
+        except _FixedSizeError as e:
+            refused.add(e.place)
         except EqualSizesError as e:
             if e.name == e.other or e.name in equal:
                 break
@@ -73,19 +90,31 @@ def read(model: ir.Model) -> Reading:
     raise CodegenError(f"ONNX: too many sizes of the graph must be equal to read it: {equal}")
 
 
-def _read(model: ir.Model, equal: Mapping[str, str | int]) -> Reading:
+class _FixedSizeError(Exception):
+    """Running a node on fake tensors took a free size for a number: it must not be run so."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__(place)
+        self.place = place
+
+
+def _read(model: ir.Model, equal: Mapping[str, str | int], refused: Collection[int]) -> Reading:
     r = Reader(Symbols(_fixed_sizes(model), equal), model.opset_imports.get("", 1))
     unread: dict[str, list[str]] = {}
     shape_readers: list[tuple[ir.Node, str]] = []
     for value in model.graph.inputs:
-        if value.name not in model.graph.initializers:
-            r.entries[value] = _input(r, value)
+        r.entries[value] = entry = _input(r, value)
+        if value.name in model.graph.initializers and entry.node is not None:
+            r.tensors[entry.node.name] = None  # a weight, whose values a caller may replace
     for value in model.graph.initializers.values():
-        if value.const_value is not None:
+        if value.const_value is not None and value not in r.entries:
             _keep(r, value, r.constant(value.const_value, value, value.name or "constant"))
-    for node in model.graph:
+    for place, node in enumerate(model.graph):
         r.at, r.meta = node, _place(node)
-        why = _node(r, node)
+        before = r.symbols.fixed()
+        why = _node(r, node, may_run=place not in refused)
+        if r.symbols.fixed() > before:
+            raise _FixedSizeError(place)
         if why is not None:
             name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
             unread.setdefault(name, []).append(why)
@@ -106,6 +135,7 @@ def _read(model: ir.Model, equal: Mapping[str, str | int]) -> Reading:
         shape_readers,
         r.symbols.names,
         dict(equal),
+        tuple(r.symbols.assumed),
         {name: (len(whys), Counter(whys).most_common(1)[0][0]) for name, whys in unread.items()},
     )
 
@@ -135,7 +165,7 @@ def _keep(r: Reader, value: ir.Value, entry: Entry | None) -> None:
         r.entries[value] = entry
 
 
-def _node(r: Reader, n: ir.Node) -> str | None:
+def _node(r: Reader, n: ir.Node, *, may_run: bool = True) -> str | None:
     """Read one node; return why it stays opaque, None if it was read."""
     if n.op_type == "Constant" and n.domain == "":
         value = n.outputs[0]
@@ -143,9 +173,11 @@ def _node(r: Reader, n: ir.Node) -> str | None:
         _keep(r, value, None if tensor is None else r.constant(tensor, value, value.name or "constant"))
         return None
     why = "it is not in the standard domain" if n.domain else "there is no rule for it"
-    if n.domain == "":
+    why = why if may_run else "torch runs it for one size alone"
+    rules = RULES if n.domain == "" else layers.OF_RUNTIME if n.domain == "com.microsoft" else {}
+    if rules and may_run:
         try:
-            if _known(r, n) or _by_rule(r, n):
+            if (n.domain == "" and _known(r, n)) or _by_rule(r, n, rules.get(n.op_type)):
                 return None
         except EqualSizesError:
             raise
@@ -218,8 +250,7 @@ def _type_of(n: ir.Node, value: ir.Value, entries: Sequence[Entry | None]) -> to
     return torch.int64 if source is None else source.dtype
 
 
-def _by_rule(r: Reader, n: ir.Node) -> bool:
-    rule = RULES.get(n.op_type)
+def _by_rule(r: Reader, n: ir.Node, rule: layers.Rule | None) -> bool:
     if rule is None:
         return False
     made = rule(r, n)
@@ -236,10 +267,14 @@ def _by_rule(r: Reader, n: ir.Node) -> bool:
 def _opaque(r: Reader, n: ir.Node) -> None:
     """Put an opaque call in the node's place, with the shapes that the file says its outputs have."""
     inputs = [e.node for v in _reads(n) if (e := r.entries.get(v)) is not None and e.node is not None]
+    told = all(v.dtype is not None and v.shape is not None for v in n.outputs)
+    guessed = {} if told or n.domain else inferred(r, n)
     for value in n.outputs:
-        dtype, val = torch_type(value.dtype), None
+        dtype, val = torch_type(value.dtype), guessed.get(value.name or "")
         if dtype is not None and value.shape is not None:
             val = r.fake([r.symbols.of(m) for m in value.shape], dtype)
+        elif val is not None:
+            dtype = val.dtype
         node = r.opaque(inputs, val)
         r.entries[value] = Entry(node, None, dtype or torch.float32, value)
         r.links[node.name] = value

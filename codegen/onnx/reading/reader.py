@@ -173,6 +173,20 @@ class Reader:
         self._note(node, val)
         return node
 
+    def pad(self, x: fx.Node, pads: Sequence[int | fx.Node], fill: float) -> fx.Node:
+        """Append a constant padding; ``pads`` has two sizes per axis, the last axis first.
+
+        Its shape is worked out here: run on a fake tensor, torch takes free sizes for numbers.
+        """
+        val = x.meta["val"]
+        sizes = list(val.shape)
+        for i, p in enumerate(pads):
+            d = len(sizes) - 1 - i // 2
+            sizes[d] = sizes[d] + (p.meta["val"] if isinstance(p, fx.Node) else p)
+        node = self.graph.call_function(aten.constant_pad_nd.default, (x, list(pads), fill))
+        self._note(node, self.fake(sizes, val.dtype))
+        return node
+
     def opaque(self, inputs: Sequence[fx.Node], val: Any) -> fx.Node:
         """Append a call that is not read, with the value that it is known to have; None if it is not."""
         node = self.graph.call_function(unread, tuple(inputs))

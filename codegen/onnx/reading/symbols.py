@@ -7,9 +7,10 @@ import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import sympy
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -37,6 +38,7 @@ class Symbols:
         self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
         self.equal = dict(equal)
         self.names: dict[str, str] = {}
+        self.assumed: dict[str, None] = {}
         self._made: dict[str, Size] = {}
         self._hints = _primes(set(fixed))
 
@@ -86,9 +88,33 @@ class Symbols:
             if name is not None:
                 raise EqualSizesError(name, other if isinstance(other, int) else self.name_of(other) or name)
 
+    def assume_order(self, a: Size, b: Size) -> None:
+        """Note which of two sizes is taken to be the smaller one, where that is not so for all sizes.
+
+        Their hints decide, as they do in torch when a slice ends at one of them.
+        """
+        if not (statically_known_true(a <= b) or statically_known_true(b <= a)):
+            less, more = (a, b) if _hint(a) <= _hint(b) else (b, a)
+            self.assumed[f"{self.text(less)} <= {self.text(more)}"] = None
+
+    def text(self, size: Size) -> str:
+        """Return a size in the file's names."""
+        if isinstance(size, int):
+            return str(size)
+        names = {s: sympy.Symbol(self.names.get(str(s), str(s))) for s in size.node.expr.free_symbols}
+        return str(size.node.expr.xreplace(names))
+
+    def fixed(self) -> int:
+        """Return how many symbols torch has replaced by a number, which is the hint."""
+        return sum(bool(e.is_number) for e in self.env.replacements.values())
+
     def name_of(self, size: Size) -> str | None:
         """Return the name of a size that is one symbol and no more."""
         return None if isinstance(size, int) else self.names.get(str(size.node.expr))
+
+
+def _hint(size: Size) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def _primes(fixed: set[int]) -> Iterator[int]:

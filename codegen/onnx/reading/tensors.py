@@ -29,6 +29,13 @@ def torch_type(dtype: ir.DataType | None) -> torch.dtype | None:
     return None if dtype is None else _TYPES.get(dtype.name)
 
 
+def onnx_number(dtype: torch.dtype) -> int:
+    """Return the number that ONNX has for a type of torch."""
+    import onnx_ir as ir
+
+    return int(ir.DataType[next(name for name, t in _TYPES.items() if t == dtype)])
+
+
 def to_torch(tensor: ir.TensorProtocol) -> torch.Tensor:
     """Return a copy of a stored tensor."""
     array = tensor.numpy()

@@ -281,3 +281,25 @@ def test_size_that_a_reshape_fixes_is_a_number() -> None:
     reading = read(ir.serde.deserialize_model(model_of("float[B,3,4] x", body)))
     assert reading.equal == {"B": 2}
     assert not reading.unread
+
+
+def test_weight_that_a_caller_may_replace_has_no_known_values() -> None:
+    proto = model_of("float[2] c, float[B,2] x", "out = Mul(x, c)")
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.full(2, 3.0, np.float32), "c"))
+    reading = read(ir.serde.deserialize_model(proto))
+    assert reading.tensors == {"c": None}
+
+
+def test_operator_without_a_rule_keeps_the_shape_that_onnx_infers() -> None:
+    body = "k = Constant<value_ints=[2]>() v, i = TopK<axis=-1>(x, k) out = Exp(v)"
+    reading = read(ir.serde.deserialize_model(model_of("float[B,5] x", body)))
+    assert set(reading.unread) == {"TopK"}
+    (exp,) = [n for n in reading.graph.nodes if n.target is torch.ops.aten.exp.default]
+    batch, two = exp.meta["val"].shape
+    assert (reading.names[str(batch)], two) == ("B", 2)
+
+
+def test_length_that_a_stored_table_limits_is_a_condition() -> None:
+    inputs, body = CASES["slice-to-a-size"]
+    reading = read(ir.serde.deserialize_model(model_of(inputs, body)))
+    assert reading.assumed == ("S <= 64",)
