@@ -94,13 +94,7 @@ def _settle(d: Draft) -> None:
     mask, d.mask = d.mask, None
     if mask is None:
         return
-    anchor = d.skeleton.anchor
-    sunk = anchor.norm.operands or getattr(anchor.norm, "sink", None) is not None or d.skeleton.sink
-    if math.isfinite(mask.value) and (anchor.rounds or (anchor.bare and not sunk)):
-        why = (
-            f"the normalizer takes no maximum off, and a row may hold {mask.value:g} alone before other steps"
-        )
-        d.refuse("empty-rows-differ", why)
+    _check_rows(d, mask)
     if mask.how == "add" and mask.at is not None:
         d.steps.append(_bias(d, mask.at, mask.sense))
         return
@@ -110,6 +104,17 @@ def _settle(d: Draft) -> None:
     )
     arms = (SCORE, hidden) if sense > 0 else (hidden, SCORE)
     d.steps.append(Pointwise(text(Call("where", (kept, *arms)))))
+
+
+def _check_rows(d: Draft, mask: RawMask) -> None:
+    """Refuse a mask that is not the last step and may leave a row whose exponentials sum to nothing."""
+    anchor = d.skeleton.anchor
+    sunk = anchor.norm.operands or getattr(anchor.norm, "sink", None) is not None or d.skeleton.sink
+    if math.isfinite(mask.value) and (anchor.rounds or (anchor.bare and not sunk)):
+        why = (
+            f"the normalizer takes no maximum off, and a row may hold {mask.value:g} alone before other steps"
+        )
+        d.refuse("empty-rows-differ", why)
 
 
 def _predicate(d: Draft, keep: Expr) -> str:
@@ -214,6 +219,7 @@ def _add_mask(d: Draft, mod: RawMask, env: Env) -> None:
         if mod.at is None:
             d.refuse("mask-not-readable", "a scaled additive mask has no closed form")
         elif mod.how == "add":
+            _check_rows(d, mod)
             _add_bias(d, mod.at, mod.sense)
             return
         else:
@@ -227,9 +233,11 @@ def _add_mask(d: Draft, mod: RawMask, env: Env) -> None:
     elif same and (first.how == mod.how == "replace" or math.isinf(mod.value)):
         d.mask = RawMask(E.and_(first.keep, mod.keep), mod.value, mod.how, None)
     elif first.how == "add" and first.at is not None:
+        _check_rows(d, first)
         d.steps.append(_bias(d, first.at, first.sense))
         d.mask = mod
     elif mod.how == "add" and mod.at is not None:
+        _check_rows(d, mod)
         _add_bias(d, mod.at, mod.sense)
     else:
         _settle(d)
