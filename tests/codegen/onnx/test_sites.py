@@ -180,6 +180,11 @@ CASES = {
         f"{SELF.replace('float32', 'float16')} mask=padding(key,m) fill(add,-65504.0) softmax {PAD}",
         "",
     ),
+    "half-past-sink": (
+        f"{CROSS_GROUPED.replace('float32', 'float16')} mask=(causal(end) & padding(key,m)) "
+        f"fill(add,-65504.0) softmax(sink=z) {PAD_N} with z=h[4]:float16",
+        "Attention",
+    ),
     "bfloat16": (f"{SELF.replace('float32', 'bfloat16')} scale(0.25) mask=none softmax", ""),
 }
 
