@@ -226,6 +226,22 @@ def test_standard_attention_takes_a_sink_as_one_more_key(name: str) -> None:
     assert check_site(call, row, row.opset).ok
 
 
+@pytest.mark.parametrize("how", ["add", "replace"])
+@pytest.mark.parametrize("shape", [SELF, GROUPED, CROSS])
+def test_what_a_bias_and_a_mask_both_hide_weighs_least(shape: str, how: str) -> None:
+    """A bias of the least number (a padding mask) hides all keys: the causal mask still tells them apart."""
+    keys = "n" if shape == CROSS else "s"
+    text = f"{shape} bias(p) mask=causal(end) fill({how},{LEAST!r}) softmax with p=bhqk[b,1,s,{keys}]:float32"
+    call = call_of(text)
+    choice = candidates(call, TABLE)[0]
+    assert choice.row is not None
+    feeds = random_inputs(call, 2, 6, 6)
+    feeds["p"] = torch.zeros_like(feeds["p"])
+    feeds["p"][0, :, :4] = LEAST
+    expected, _ = call.spec(*(feeds[n] for n in "qkv"), (feeds["p"],))
+    torch.testing.assert_close(run(call, choice.row, feeds), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_random_inputs_hold_a_query_that_sees_nothing() -> None:
     call = call_of(CASES["padding-inf"][0])
     feeds = random_inputs(call, 2, 9, 9)
