@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from attnc import __version__, logs
 from attnc.capture import capture_export, capture_exported, make_backend
@@ -27,6 +26,7 @@ from attnc.passes.rewrite.quant.w8a8 import W8A8
 from attnc.past import holds_cache, with_past
 from attnc.past_cache import is_opened
 from attnc.pipeline import Options, Outcome, run
+from attnc.programs import placeholder_values
 from attnc.records import INTERNAL, leave, said
 from attnc.report import Report
 from attnc.result import clone_module, make_result
@@ -173,7 +173,7 @@ def export_onnx(
     against the model before it gets its name.  With ``cache``, or where a cache of transformers is among the
     inputs, a decoder's keys and values of earlier positions go in as ``past_key_values.0.key`` and so on and
     come out as ``present.0.key``; one file then serves the prompt (no positions yet) and every later step
-    (``attnc.past``).
+    (``attnc.past``; of an encoder-decoder it holds the decoder).
 
     Raises:
         CaptureError: ``cache`` for what is no decoder of transformers, or one whose cache cannot be opened.
@@ -287,7 +287,7 @@ def _optimize_program(
     """Rewrite an ExportedProgram; the result is its module."""
     captured = capture_exported(program)
     outcome = run(
-        captured, Options(forms, target, verify, cost_model, False, progress), _placeholders(program)
+        captured, Options(forms, target, verify, cost_model, False, progress), placeholder_values(program)
     )
     report = Report(__version__, "ExportedProgram", target)
     Ledger(report).add(outcome, captured)
@@ -353,7 +353,9 @@ class _Work:
         self._tell("capture")
         captured = capture_export(plain, args, kwargs, dynamic_shapes=self.state.dynamic_shapes)
         assert captured.exported is not None
-        outcome = self._run(captured, _trains(plain), _placeholders(captured.exported, (args, dict(kwargs))))
+        outcome = self._run(
+            captured, _trains(plain), placeholder_values(captured.exported, (args, dict(kwargs)))
+        )
         self.state.outcomes.append(outcome)
         self.whole = True
         self.ledger.cover([Coverage("", "whole")])
@@ -370,7 +372,7 @@ class _Work:
         captured = capture_export(plain, args, kwargs, dynamic_shapes="auto" if self._free else None)
         assert captured.exported is not None
         put_below(path, captured)
-        placeholders = _placeholders(captured.exported, (args, dict(kwargs)))
+        placeholders = placeholder_values(captured.exported, (args, dict(kwargs)))
         outcome = self._run(captured, _trains(plain), placeholders, whole=False)
         return outcome.runtime if outcome.records else None
 
@@ -472,29 +474,6 @@ class _Work:
     def _tell(self, stage: str) -> None:
         if self.progress is not None:
             self.progress(stage, 0.0)
-
-
-def _placeholders(program: ExportedProgram, inputs: Any = None) -> dict[str, Any] | None:
-    """Return the values of a program's inputs by placeholder name.
-
-    Its weights, and the example inputs if there are any.
-    """
-    inputs = program.example_inputs if inputs is None else inputs
-    if inputs is None:
-        return None
-    from torch.export.graph_signature import InputKind
-
-    leaves = iter(pytree.tree_leaves(inputs))
-    out: dict[str, Any] = {}
-    for spec in program.graph_signature.input_specs:
-        name = spec.arg.name
-        if spec.kind is InputKind.USER_INPUT:
-            out[name] = next(leaves)
-        elif spec.target in program.state_dict:
-            out[name] = program.state_dict[spec.target]
-        elif spec.target in program.constants:
-            out[name] = program.constants[spec.target]
-    return out
 
 
 def _trains(model: nn.Module) -> bool:

@@ -6,10 +6,13 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
 
 from attnc.capture_alias import bypass, hidden_writes, writes
 from attnc.errors import CaptureError
@@ -104,3 +107,24 @@ def fix_outputs(program: ExportedProgram) -> None:
     for spec, node in zip(program.graph_signature.output_specs, returned, strict=True):
         if isinstance(node, fx.Node) and hasattr(spec.arg, "name"):
             spec.arg.name = node.name
+
+
+def placeholder_values(program: ExportedProgram, inputs: Any = None) -> dict[str, Any] | None:
+    """Return the values of a program's inputs by placeholder name.
+
+    Its weights, and the example inputs if there are any.
+    """
+    inputs = program.example_inputs if inputs is None else inputs
+    if inputs is None:
+        return None
+    leaves = iter(pytree.tree_leaves(inputs))
+    out: dict[str, Any] = {}
+    for spec in program.graph_signature.input_specs:
+        name = spec.arg.name
+        if spec.kind is InputKind.USER_INPUT:
+            out[name] = next(leaves)
+        elif spec.target in program.state_dict:
+            out[name] = program.state_dict[spec.target]
+        elif spec.target in program.constants:
+            out[name] = program.constants[spec.target]
+    return out

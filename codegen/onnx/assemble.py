@@ -13,7 +13,7 @@ from attnc.codegen.onnx.builder import OURS, Builder, torch_dtype
 from attnc.codegen.onnx.guarded import Functions, Shared
 from attnc.codegen.onnx.linear import LinearForm, lower_linear
 from attnc.codegen.onnx.lower import Written, lower
-from attnc.codegen.onnx.rotary import expand_tables
+from attnc.codegen.onnx.repairs import repair
 from attnc.codegen.onnx.sites import Call
 from attnc.codegen.onnx.table import Row
 from attnc.codegen.onnx.translate import ATTEND, LINEAR
@@ -79,7 +79,7 @@ def tidy(model: ir.Model) -> None:
     """Cancel pairs of layout changes, drop what nothing uses, and clear all text that names sources."""
     import onnx_ir.passes.common as passes
 
-    expand_tables(model.graph)
+    repair(model.graph)
     _cancel_layouts(model.graph)
     for step in (
         passes.RemoveUnusedNodesPass(),

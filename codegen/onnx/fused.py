@@ -19,6 +19,7 @@ from attnc.codegen.onnx.guarded import Functions, Shared, function_name, hides_n
 from attnc.codegen.onnx.masks import keep
 from attnc.codegen.onnx.sinks import head_sink, sink_column
 from attnc.codegen.onnx.sites import ABSORBS, Call, Folded, Split
+from attnc.ir import Bias
 from attnc.masks import Band, Full, Mask
 
 if TYPE_CHECKING:
@@ -295,12 +296,17 @@ def bias_fill(call: Call) -> float:
     """Return what is added at hidden positions so that the row is what the spec's fill makes it.
 
     Replacing by a finite value equals adding one that swallows every score: hidden keys weigh exactly 0
-    beside a visible one, and a query that sees none spreads evenly.
+    beside a visible one, and a query that sees none spreads evenly.  Beside a bias, which may hide as well,
+    the value is not raised: what both hide must weigh less than what one of them does.
     """
     fill = call.spec.fill
     if not math.isfinite(fill.value):
         return fill.value
-    value = ABSORBS if fill.how == "replace" else max(fill.value, ABSORBS)
+    replaces, biased = fill.how == "replace", any(isinstance(s, Bias) for s in call.spec.scores)
+    if biased:
+        value = min(fill.value, ABSORBS) if replaces else fill.value
+    else:
+        value = ABSORBS if replaces else max(fill.value, ABSORBS)
     return max(value, torch.finfo(call.dtype).min)
 
 

@@ -21,14 +21,20 @@ def translations(opset: int) -> dict[Any, Any]:
     return found
 
 
+def _operators(opset: int) -> Any:
+    """Return onnxscript's operators of ``opset``, or its newest: those used here are the same in both."""
+    import onnxscript
+
+    sets = (getattr(onnxscript, f"opset{n}", None) for n in range(opset, 0, -1))
+    return next(x for x in sets if x is not None)
+
+
 def _repeat_interleave(opset: int) -> Any:
     """Return the translation of ``repeat_interleave(x, repeats, dim)`` with one number of repeats.
 
     The exporter's own (onnxscript 0.7) expands to a wrong shape without a dim.
     """
-    import onnxscript
-
-    op: Any = getattr(onnxscript, f"opset{opset}")
+    op = _operators(opset)
 
     def repeat_interleave(
         x: Any, repeats: int, dim: int | None = None, output_size: int | None = None
@@ -50,9 +56,7 @@ def _repeat_interleave(opset: int) -> Any:
 
 def _numel(opset: int) -> Any:
     """Return the translation of ``x.numel()`` where a size of ``x`` varies."""
-    import onnxscript
-
-    op: Any = getattr(onnxscript, f"opset{opset}")
+    op = _operators(opset)
 
     def numel(x: Any) -> Any:
         return op.Size(x)
@@ -66,13 +70,9 @@ def _grouped_mm(opset: int) -> Any:
     Rows ``offs[e - 1] .. offs[e]`` are multiplied by ``weight[e]``, rows past the last offset are zeros.
     Each expert is one Slice and one MatMul, so no row is multiplied twice and no weight is copied per row.
     """
-    import onnxscript
     from onnxscript import ir
 
-    # onnxscript's newest set of operators may be older than the opset; those used here are the same in both.
-    op: Any = next(
-        getattr(onnxscript, f"opset{n}") for n in range(opset, 0, -1) if hasattr(onnxscript, f"opset{n}")
-    )
+    op = _operators(opset)
 
     def grouped_mm(x: Any, weight: Any, offs: Any, bias: Any = None, out_dtype: Any = None) -> Any:
         if len(x.shape) != 2 or len(weight.shape) != 3 or bias is not None:

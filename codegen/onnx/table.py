@@ -234,9 +234,13 @@ def _fill_hides(call: Call) -> str | None:
 
 
 def _fill_in_range(call: Call) -> str | None:
-    """No finite number of half precision swallows a score, so a row that sees no key would not be uniform."""
+    """No finite number of half precision swallows a score, so a row that sees no key would not be uniform.
+
+    A sink takes all the weight of such a row.
+    """
     half = str(call.dtype).removeprefix("torch.") in ("float16", "bfloat16")
-    if half and math.isfinite(call.spec.fill.value) and call.may_see_nothing():
+    empty = call.may_see_nothing() and call.spec.norm.sink is None
+    if half and math.isfinite(call.spec.fill.value) and empty:
         return "rows that see no key would not be uniform in half precision"
     return None
 

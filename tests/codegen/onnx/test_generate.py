@@ -171,6 +171,27 @@ def test_names_and_sizes_are_those_of_files_with_a_past(exported: tuple[Any, Pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+def test_half_precision_is_as_near_to_single_as_pytorch_is(shape: str, tmp_path: Path) -> None:
+    exact = model_of(shape, "eager")
+    model, path = model_of(shape, "eager").half(), tmp_path / "m.onnx"
+    attnc.export_onnx(model, path, cache=True)
+    exact.load_state_dict({n: x.float() for n, x in model.state_dict().items()})
+    ids, mask = prompt(21)
+    given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask), "use_cache": False}
+    with torch.no_grad():
+        expected, own = exact(**given).logits, model(**given).logits
+    session, past, out = Session(path), empty(Session(path), path, 2), []
+    past = {n: x.half() for n, x in past.items()}
+    for start, end in ((0, 15), (15, 16), (16, 21)):
+        logits, past = step(session, ids[:, start:end], mask[:, :end], past)
+        out.append(logits)
+    seen = mask.bool()
+    error = (torch.cat(out, 1).float() - expected)[seen].abs().max()
+    assert error <= 4 * (own.float() - expected)[seen].abs().max(), "four times PyTorch's own error"
+
+
+@pytest.mark.slow
 def test_command_line_exports_a_folder_with_its_past(tmp_path: Path) -> None:
     from attnc import cli
 

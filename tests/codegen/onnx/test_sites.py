@@ -180,6 +180,11 @@ CASES = {
         f"{SELF.replace('float32', 'float16')} mask=padding(key,m) fill(add,-65504.0) softmax {PAD}",
         "",
     ),
+    "half-past-sink": (
+        f"{CROSS_GROUPED.replace('float32', 'float16')} mask=(causal(end) & padding(key,m)) "
+        f"fill(add,-65504.0) softmax(sink=z) {PAD_N} with z=h[4]:float16",
+        "Attention",
+    ),
     "bfloat16": (f"{SELF.replace('float32', 'bfloat16')} scale(0.25) mask=none softmax", ""),
 }
 
@@ -219,6 +224,22 @@ def test_standard_attention_takes_a_sink_as_one_more_key(name: str) -> None:
     call = call_of(CASES[name][0])
     assert row.refuses(call) is None
     assert check_site(call, row, row.opset).ok
+
+
+@pytest.mark.parametrize("how", ["add", "replace"])
+@pytest.mark.parametrize("shape", [SELF, GROUPED, CROSS])
+def test_what_a_bias_and_a_mask_both_hide_weighs_least(shape: str, how: str) -> None:
+    """A bias of the least number (a padding mask) hides all keys: the causal mask still tells them apart."""
+    keys = "n" if shape == CROSS else "s"
+    text = f"{shape} bias(p) mask=causal(end) fill({how},{LEAST!r}) softmax with p=bhqk[b,1,s,{keys}]:float32"
+    call = call_of(text)
+    choice = candidates(call, TABLE)[0]
+    assert choice.row is not None
+    feeds = random_inputs(call, 2, 6, 6)
+    feeds["p"] = torch.zeros_like(feeds["p"])
+    feeds["p"][0, :, :4] = LEAST
+    expected, _ = call.spec(*(feeds[n] for n in "qkv"), (feeds["p"],))
+    torch.testing.assert_close(run(call, choice.row, feeds), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_random_inputs_hold_a_query_that_sees_nothing() -> None:
