@@ -23,14 +23,27 @@ from attnc.codegen.onnx.reading.tensors import torch_type
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+LARGEST = 2**63
+"""Numbers beyond are no 64-bit integers; they would wrap in a runtime, and grow without bounds here."""
+
 Rule = Callable[["Reader", "ir.Node", "Sequence[Items | None]"], "Items | list[Items] | None"]
 
 
 def _each(f: Callable[..., Any], *arrays: Items) -> Items | None:
-    """Apply ``f`` to elements that are broadcast; None if it cannot tell one of them."""
+    """Apply ``f`` to elements that are broadcast; None if it cannot tell one of them, or if they are many."""
+    if math.prod(np.broadcast_shapes(*(a.shape for a in arrays))) > KNOWN:
+        return None
     spread = np.broadcast_arrays(*arrays)
     out = [f(*xs) for xs in zip(*(a.flat for a in spread), strict=True)]
-    return None if any(x is None for x in out) else as_items(out, spread[0].shape)
+    return as_items(out, spread[0].shape) if all(map(_is_told, out)) else None
+
+
+def _is_told(x: Any) -> bool:
+    """Say whether an element is known: a number of 64 bits, or a size whose hint is one."""
+    if isinstance(x, torch.SymInt):
+        hint = x.node.hint
+        return hint is None or abs(int(hint)) < LARGEST
+    return x is not None and -LARGEST <= x < LARGEST
 
 
 def _elementwise(f: Callable[..., Any]) -> Rule:
@@ -112,7 +125,8 @@ def _shape(r: Reader, n: ir.Node, xs: Sequence[Items | None]) -> Items | None:
 
 
 def _size(r: Reader, n: ir.Node, xs: Sequence[Items | None]) -> Items | None:
-    return as_items([math.prod(r.x(n, 0).meta["val"].shape)], [])
+    found = math.prod(r.x(n, 0).meta["val"].shape)
+    return as_items([found], []) if _is_told(found) else None
 
 
 def _transpose(r: Reader, n: ir.Node, xs: Sequence[Items | None]) -> Items | None:
@@ -120,7 +134,8 @@ def _transpose(r: Reader, n: ir.Node, xs: Sequence[Items | None]) -> Items | Non
 
 
 def _concat(r: Reader, n: ir.Node, xs: Sequence[Items | None]) -> Items | None:
-    return np.concatenate([x for x in xs if x is not None], axis=number(n, "axis", 0))
+    given = [x for x in xs if x is not None]
+    return np.concatenate(given, axis=number(n, "axis", 0)) if sum(x.size for x in given) <= KNOWN else None
 
 
 def _gather(r: Reader, n: ir.Node, xs: Sequence[Items | None]) -> Items | None:
@@ -202,6 +217,8 @@ def _reduced(f: Callable[[Any, Any], Any]) -> Rule:
         out = x.flat[0]
         for e in x.flat[1:]:
             out = f(out, e)
+            if not _is_told(out):
+                return None
         return as_items([out], [1] if number(n, "keepdims", 1) else [])
 
     return rule
@@ -212,8 +229,8 @@ def _range(r: Reader, n: ir.Node, xs: Sequence[Items | None]) -> Items | None:
     if any(x is None or isinstance(x.flat[0], torch.SymInt) for x in xs):
         return None
     start, end, step = (int(x.flat[0]) for x in xs if x is not None)
-    values = list(range(start, end, step)) if step else []
-    return as_items(values, [len(values)]) if len(values) <= 8 else None
+    values = range(start, end, step) if step else range(0)
+    return as_items(list(values), [len(values)]) if len(values[:9]) <= 8 else None
 
 
 KNOWN_RULES: dict[str, Rule] = {

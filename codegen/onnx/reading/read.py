@@ -6,6 +6,7 @@ import ast
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("attnc.codegen")
 
 RULES = elementwise.RULES | layout.RULES | layers.RULES
+_SCOPES = 4096
+"""Characters of an exporter's list of scopes that are looked at."""
 _MOST_EQUAL = 64
 """Pairs of sizes that may turn out to be equal before a graph counts as unreadable."""
 
@@ -155,7 +158,11 @@ def _input(r: Reader, value: ir.Value) -> Entry:
             f"ONNX: expected input {value.name!r} to have a number of axes and a type of torch, found "
             f"{what}; give it one, with sizes by name where they vary"
         )
-    node = r.placeholder(value.name or "input", r.fake([r.symbols.of(n) for n in value.shape], dtype))
+    try:
+        val = r.fake([r.symbols.of(n) for n in value.shape], dtype)
+    except UnreadError as e:
+        raise CodegenError(f"ONNX: expected input {value.name!r} to have the sizes of a tensor: {e}") from e
+    node = r.placeholder(value.name or "input", val)
     r.links[node.name] = value
     return Entry(node, None, dtype, value)
 
@@ -272,7 +279,8 @@ def _opaque(r: Reader, n: ir.Node) -> None:
     for value in n.outputs:
         dtype, val = torch_type(value.dtype), guessed.get(value.name or "")
         if dtype is not None and value.shape is not None:
-            val = r.fake([r.symbols.of(m) for m in value.shape], dtype)
+            with suppress(UnreadError):
+                val = r.fake([r.symbols.of(m) for m in value.shape], dtype)
         elif val is not None:
             dtype = val.dtype
         node = r.opaque(inputs, val)
@@ -309,8 +317,8 @@ def _place(n: ir.Node) -> dict[str, Any]:
 def _module_of(scopes: str) -> str:
     """Return the innermost module of the exporter's list of scopes, whose last entry is the value's name."""
     try:
-        found = ast.literal_eval(scopes)
-    except (SyntaxError, ValueError):
+        found = ast.literal_eval(scopes[:_SCOPES])
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return ""
     modules = [s for s in found[:-1] if isinstance(s, str)] if isinstance(found, list) else []
     return modules[-1] if modules else ""

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 Items = np.ndarray[Any, np.dtype[np.object_]]
 """Elements of a small integer tensor: numbers and symbolic sizes."""
+AXES = 16
+"""Axes of a tensor that is followed: with many, what torch asks of symbolic sizes takes minutes."""
 KNOWN = 256
 """Elements of the largest integer tensor whose elements are followed one by one."""
 STORED = 1 << 22
@@ -107,8 +109,11 @@ class Reader:
         """Return a value as a node of known shape."""
         if e.node is None:
             e.node = self._spelled(e)
-        if not isinstance(e.node.meta.get("val"), torch.Tensor):
+        val = e.node.meta.get("val")
+        if not isinstance(val, torch.Tensor):
             raise UnreadError("the shape of an input is not known")
+        if val.ndim > AXES:
+            raise UnreadError(f"an input has {val.ndim} axes of at most {AXES} that are followed")
         return e.node
 
     def items(self, n: ir.Node, i: int) -> Items | None:
@@ -194,9 +199,16 @@ class Reader:
         return node
 
     def fake(self, sizes: Sequence[Size], dtype: torch.dtype) -> torch.Tensor:
-        """Return a fake tensor."""
+        """Return a fake tensor.
+
+        Raises:
+            UnreadError: no tensor has such sizes: negative, or too large to be multiplied.
+        """
         with self.symbols.mode, torch.no_grad():
-            return torch.empty(list(sizes), dtype=dtype)
+            try:
+                return torch.empty(list(sizes), dtype=dtype)
+            except (RuntimeError, TypeError) as e:
+                raise UnreadError(f"no tensor has the sizes {list(sizes)}") from e
 
     def _note(self, node: fx.Node, val: Any) -> None:
         node.meta["val"] = val

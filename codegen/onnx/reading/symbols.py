@@ -137,7 +137,7 @@ def evaluated(text: str, named: Callable[[str], Size]) -> Size | None:
     """Return the value of a sum, difference or product of names and numbers, None for any other text."""
     try:
         tree = ast.parse(text, mode="eval").body
-    except SyntaxError:
+    except (SyntaxError, ValueError):  # no expression, or a NUL in it
         return None
 
     def value(e: ast.expr) -> Any:
