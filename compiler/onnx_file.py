@@ -299,13 +299,27 @@ class _Work:
         watched = {self._value(j): j for j in self.live}
         if self.original is None:
             self.original = Original(self.model, self.reading, list(watched))
-        self.agreements = self.original.compare(model)
+        try:
+            self.agreements = self.original.compare(model)
+        except CodegenError as refused:
+            return self._refused(refused)
         bad = [a for a in self.agreements if not a.ok]
         named = [(watched[a.name], str(a)) for a in bad if a.name in watched]
         first = {id(j): (j, why) for j, why in reversed(named)}
         if first or not bad:
             return list(first.values())
         return [(j, f"the outputs differ: {bad[0]}") for j in self.live]
+
+    def _refused(self, error: CodegenError) -> list[tuple[Job, str]]:
+        """Return the sites with which, rewritten alone, ONNX Runtime refuses the file; all if none is."""
+        assert self.original is not None, "a rewritten model was compared with it"
+        found = []
+        for job in self.live:
+            try:
+                self.original.compare(self._splice(self._attempt([job])).model)
+            except CodegenError as own:
+                found.append((job, str(own)))
+        return found or [(job, str(error)) for job in self.live]
 
     def _value(self, job: Job) -> str:
         """Return the name of the value that a site computes, which it keeps."""

@@ -184,7 +184,7 @@ def test_new_names_stay_apart_from_those_of_the_file(both: Path, tmp_path: Path)
 SPELLED = """
  kt = Transpose<perm=[0,1,3,2]>(k)
  s = MatMul(q, kt)
- c = Constant<value_float=0.35>()
+ c = Constant<value_float=0.25>()
  sc = Mul(s, c)
  w = Softmax<axis=-1>(sc)
  y = MatMul(w, v)
@@ -256,12 +256,17 @@ def test_file_with_an_old_opset_is_kept_with_the_reason(tmp_path: Path) -> None:
     assert len(after.graph.node) == len(onnx.load(path).graph.node)
 
 
-def test_two_sites_of_the_same_operands_keep_both_names(tmp_path: Path) -> None:
-    again = SPELLED
+def _renamed(body: str) -> str:
+    """Return the same nodes with other names for what they give."""
     for name in ("kt", "s", "c", "sc", "w", "y"):
-        again = again.replace(f" {name} =", f" {name}2 =").replace(f"({name})", f"({name}2)")
-        again = again.replace(f"({name},", f"({name}2,").replace(f", {name})", f", {name}2)")
-    path = written(tmp_path / "in.onnx", SPELLED + again, out="float[B,4,S,8] y, float[B,4,S,8] y2")
+        body = body.replace(f" {name} =", f" {name}2 =").replace(f"({name})", f"({name}2)")
+        body = body.replace(f"({name},", f"({name}2,").replace(f", {name})", f", {name}2)")
+    return body
+
+
+def test_two_sites_of_the_same_operands_keep_both_names(tmp_path: Path) -> None:
+    body = SPELLED + _renamed(SPELLED)
+    path = written(tmp_path / "in.onnx", body, out="float[B,4,S,8] y, float[B,4,S,8] y2")
     done, after = rewrite(path, tmp_path)
     assert [s.status for s in done.report.sites] == ["rewritten", "rewritten"]
     assert [o.name for o in after.graph.output] == ["y", "y2"]
@@ -296,6 +301,26 @@ def test_site_that_disagrees_is_put_back(tmp_path: Path, monkeypatch: pytest.Mon
     assert not done.sites
     assert not any(check_untouched(onnx.load(path), after).values())
     assert [n.op_type for n in after.graph.node] == [n.op_type for n in onnx.load(path).graph.node]
+
+
+def test_site_that_the_runtime_refuses_is_put_back_and_the_others_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = exporting.decide
+
+    def wrong(calls: Any, capabilities: Any) -> Any:
+        out = true(calls, capabilities)
+        for i, d in enumerate(out):
+            if "scale(0.25)" not in d.call.text:
+                out[i] = dataclasses.replace(d, call=dataclasses.replace(d.call, head_sizes=(7, 7)))
+        return out
+
+    monkeypatch.setattr(exporting, "decide", wrong)
+    body = SPELLED + _renamed(SPELLED).replace("0.25", "0.5")
+    path = written(tmp_path / "in.onnx", body, out="float[B,4,S,8] y, float[B,4,S,8] y2")
+    done, after = rewrite(path, tmp_path)
+    assert [s.code for s in done.report.sites] == ["", "failed-verification"]
+    assert Counter(n.op_type for n in after.graph.node)["Softmax"] == 1
 
 
 def test_nothing_is_written_when_the_file_cannot_run(tmp_path: Path) -> None:
