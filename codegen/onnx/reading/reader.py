@@ -17,6 +17,7 @@ from torch import fx
 
 from attnc.codegen.onnx.reading.symbols import Size, Symbols
 from attnc.codegen.onnx.reading.tensors import to_torch, torch_type
+from attnc.editing import _looks as looks
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -74,6 +75,7 @@ class Reader:
     meta: Mapping[str, Any] = field(default_factory=dict)
     at: ir.Node | None = None
     _front: fx.Node | None = None
+    _values: dict[Any, Any] = field(default_factory=dict)
 
     # ------------------------------------------------------------ inputs of a node
 
@@ -165,10 +167,16 @@ class Reader:
     # ------------------------------------------------------------ making nodes
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        """Append a call and return its node; its value comes from running it on fake tensors."""
+        """Append a call and return its node; its value comes from running it on fake tensors.
+
+        Layers repeat, so calls on values that look the same are run once.
+        """
         values, named = fx.node.map_arg((args, kwargs), lambda x: x.meta["val"])
-        with self.symbols.mode, torch.no_grad():
-            val = target(*values, **named)
+        key = (target, looks(values), looks(named))
+        if key not in self._values:
+            with self.symbols.mode, torch.no_grad():
+                self._values[key] = target(*values, **named)
+        val = self._values[key]
         node = self.graph.call_function(target, args, kwargs)
         self._note(node, val)
         return node
