@@ -61,7 +61,7 @@ class Reader:
     """Hold the fx graph while it is built.  ``opset`` is that of the default domain.
 
     ``links`` maps nodes to the values of the file that they are, ``origins`` to the file's nodes that made
-    them, ``sizes`` says which element of which value a symbolic size is.
+    them, ``sizes`` says which element of which value a symbolic size is, ``real`` holds small constants.
     """
 
     symbols: Symbols
@@ -74,6 +74,7 @@ class Reader:
     sizes: dict[str, tuple[ir.Value, int]] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
     at: ir.Node | None = None
+    real: dict[str, torch.Tensor] = field(default_factory=dict)
     _front: fx.Node | None = None
     _values: dict[Any, Any] = field(default_factory=dict)
 
@@ -179,7 +180,28 @@ class Reader:
         val = self._values[key]
         node = self.graph.call_function(target, args, kwargs)
         self._note(node, val)
+        self._fold(node)
         return node
+
+    def _fold(self, node: fx.Node) -> None:
+        """Work out a small tensor that is made from small constants alone."""
+        val, inputs = node.meta["val"], node.all_input_nodes
+        if not isinstance(val, torch.Tensor) or not inputs or any(x.name not in self.real for x in inputs):
+            return
+        if all(isinstance(n, int) for n in val.shape) and val.numel() <= KNOWN:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda x: self.real[x.name])
+            assert callable(node.target), f"{node} calls nothing"
+            self.real[node.name] = node.target(*args, **kwargs)
+
+    def made(self, node: fx.Node, value: ir.Value) -> Entry:
+        """Return what a rule made as an entry, with its elements where they are known."""
+        t = self.real.get(node.name)
+        return Entry(node, self._items(t), node.meta["val"].dtype, value, t)
+
+    def _items(self, t: torch.Tensor | None) -> Items | None:
+        if t is None or t.numel() > KNOWN or t.dtype not in (torch.int64, torch.int32, torch.bool):
+            return None
+        return as_items(t.tolist(), list(t.shape))
 
     def pad(self, x: fx.Node, pads: Sequence[int | fx.Node], fill: float) -> fx.Node:
         """Append a constant padding; ``pads`` has two sizes per axis, the last axis first.
@@ -238,10 +260,9 @@ class Reader:
         self.tensors[node.name] = stored
         if value is not None:
             self.links[node.name] = value
-        items = None
-        if stored is not None and count <= KNOWN and dtype in (torch.int64, torch.int32, torch.bool):
-            items = as_items(stored.tolist(), sizes)
-        return Entry(node, items, dtype, value, stored)
+        if stored is not None and count <= KNOWN:
+            self.real[node.name] = stored
+        return Entry(node, self._items(stored), dtype, value, stored)
 
     def _spelled(self, e: Entry) -> fx.Node:
         """Return known elements as a tensor node: a constant if all are numbers."""
@@ -250,7 +271,7 @@ class Reader:
             t = torch.tensor([int(x) for x in e.items.flat], dtype=e.dtype).reshape(e.items.shape)
             name = e.value.name if e.value is not None and e.value.name else "known"
             node = self.placeholder(name, self.fake(t.shape, e.dtype))
-            self.tensors[node.name], e.tensor = t, t
+            self.tensors[node.name], self.real[node.name], e.tensor = t, t, t
         else:
             parts = [
                 self.call(aten.scalar_tensor.default, self.argument(x, e, j), dtype=e.dtype)
