@@ -167,18 +167,6 @@ def test_both_sites_become_one_operator_each_and_the_rest_stays(both: Path, tmp_
     assert "Softmax" not in {n.op_type for n in after.graph.node}
 
 
-def test_new_names_stay_apart_from_those_of_the_file(both: Path, tmp_path: Path) -> None:
-    first, _ = rewrite(both, tmp_path)
-    model = onnx.load(first.files[0])
-    names = [n.name for n in model.graph.node if n.name]
-    values = [v for n in model.graph.node for v in n.output]
-    assert len(set(names)) == len(names)
-    assert len(set(values)) == len(values)
-    again = inspect_onnx(first.files[0])
-    assert "already-fused" in {s.code for s in again.sites}
-    assert "rewritten" not in {s.status for s in again.sites}
-
-
 # ---------------------------------------------------------------- hand-made files
 
 SPELLED = """
@@ -270,6 +258,24 @@ def test_two_sites_of_the_same_operands_keep_both_names(tmp_path: Path) -> None:
     done, after = rewrite(path, tmp_path)
     assert [s.status for s in done.report.sites] == ["rewritten", "rewritten"]
     assert [o.name for o in after.graph.output] == ["y", "y2"]
+
+
+def test_new_names_stay_apart_from_those_of_a_file_of_ours(tmp_path: Path) -> None:
+    other = _renamed(SPELLED).replace("MatMul(q, kt2)", "MatMul(y, kt2)")
+    first, _ = rewrite(written(tmp_path / "in.onnx", SPELLED, out="float[B,4,S,8] y"), tmp_path)
+    grown = onnx.load(first.files[0])
+    more = onnx.load(written(tmp_path / "more.onnx", SPELLED + other, out="float[B,4,S,8] y2"))
+    grown.graph.node.extend(n for n in more.graph.node if n.output[0].endswith("2"))
+    grown.graph.output[0].CopyFrom(more.graph.output[0])
+    onnx.save(grown, tmp_path / "grown.onnx")
+    first = rewrite_onnx(tmp_path / "grown.onnx", tmp_path / "twice.onnx")
+    model = onnx.load(first.files[0])
+    names = [n.name for n in model.graph.node if n.name]
+    values = [v for n in model.graph.node for v in n.output]
+    assert len(set(names)) == len(names)
+    assert len(set(values)) == len(values)
+    assert Counter(n.op_type for n in model.graph.node)["MultiHeadAttention"] == 2
+    assert sorted(s.code for s in first.report.sites) == ["", "already-fused"]
 
 
 def test_site_that_no_operator_fits_becomes_a_function(tmp_path: Path) -> None:
