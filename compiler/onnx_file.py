@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import fx
 
@@ -31,9 +31,10 @@ from attnc.codegen.onnx.reading.reader import unread
 from attnc.codegen.onnx.splice import Replaced, Sized, Spliced, sized_elsewhere, splice
 from attnc.codegen.onnx.translate import calls_of
 from attnc.errors import CodegenError
-from attnc.ir import Miss, Plan
+from attnc.ir import Miss
+from attnc.onnx_plan import named, planned
 from attnc.passes.analyze.operands import Namer
-from attnc.passes.detect import Found, detect
+from attnc.passes.detect import detect
 from attnc.passes.rewrite.apply import Rewriter
 from attnc.programs import copy_graph
 from attnc.records import INTERNAL, Job, missed_record, other_records, site_record
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
 
 log = logs.get("rewrite")
 
-LEAST_OPSET = 18
-"""The first opset that has all operators, in their present form, that a rewritten site is written with."""
 FUSED = frozenset(
     (
         "Attention",
@@ -169,7 +168,7 @@ class _Work:
         with _timed(stages, "open"):
             model = open_model(path)
         opset = model.opset_imports.get("", 1)
-        capabilities = _within(table.load(target, runtime.version()), opset)
+        capabilities = table.within(table.load(target, runtime.version()), opset)
         with _timed(stages, "read"):
             reading = read(model)
         with _timed(stages, "detect"):
@@ -177,9 +176,9 @@ class _Work:
             namer = Namer(reading.graph, reading.tensors)
         links = {name: name for name in reading.links}
         gate = Rewriter(copy_graph(reading.graph), reading.graph, links)
-        jobs = [_planned(f, gate, opset, cost_model) for f in found]
+        jobs = [planned(f, gate, opset, cost_model) for f in found]
         for job in jobs:
-            job.details |= _names(namer, job.found)
+            job.details |= named(namer, job.found)
         return cls(model, reading, capabilities, target, jobs, missed, stages)
 
     @property
@@ -299,13 +298,27 @@ class _Work:
         watched = {self._value(j): j for j in self.live}
         if self.original is None:
             self.original = Original(self.model, self.reading, list(watched))
-        self.agreements = self.original.compare(model)
+        try:
+            self.agreements = self.original.compare(model)
+        except CodegenError as refused:
+            return self._refused(refused)
         bad = [a for a in self.agreements if not a.ok]
         named = [(watched[a.name], str(a)) for a in bad if a.name in watched]
         first = {id(j): (j, why) for j, why in reversed(named)}
         if first or not bad:
             return list(first.values())
         return [(j, f"the outputs differ: {bad[0]}") for j in self.live]
+
+    def _refused(self, error: CodegenError) -> list[tuple[Job, str]]:
+        """Return the sites with which, rewritten alone, ONNX Runtime refuses the file; all if none is."""
+        assert self.original is not None, "a rewritten model was compared with it"
+        found = []
+        for job in self.live:
+            try:
+                self.original.compare(self._splice(self._attempt([job])).model)
+            except CodegenError as own:
+                found.append((job, str(own)))
+        return found or [(job, str(error)) for job in self.live]
 
     def _value(self, job: Job) -> str:
         """Return the name of the value that a site computes, which it keeps."""
@@ -351,52 +364,6 @@ class _Work:
         equal = (f"{a} == {b}" for a, b in self.reading.equal.items())
         record.conditions = [*record.conditions, *equal, *self.reading.assumed]
         return record
-
-
-# ---------------------------------------------------------------- plan
-
-
-def _within(capabilities: table.Table, opset: int) -> table.Table:
-    """Return the table for a file that has ``opset``: rows of later standard operators are left out."""
-    rows = tuple(replace(r, opset=opset) for r in capabilities.rows if r.domain or r.opset <= opset)
-    return replace(capabilities, opset=opset, rows=rows)
-
-
-def _planned(found: Found, gate: Rewriter, opset: int, cost_model: bool) -> Job:
-    """Plan one site; one on which planning raises is left as it is."""
-    try:
-        status, miss = _left(found, gate, opset, cost_model)
-    except Exception as error:  # a mistake of ours must not take the user's model down
-        job = Job(found, None, "kept", None, None, None)
-        job.stumble(error)
-        return job
-    if miss is not None:
-        return Job(found, None, status, miss, None, None)
-    return Job(found, Plan(found.match, "fused", "", "SAME", found.match.spec), "rewritten", None, None, None)
-
-
-def _left(found: Found, gate: Rewriter, opset: int, cost_model: bool) -> tuple[str, Miss | None]:
-    """Return status and reason of a site that stays as it is, ("", None) of one that does not."""
-    if found.fused and not found.improves:
-        return "kept", Miss("already-fused", found.anchor, "the file has one fused operator here")
-    if opset < LEAST_OPSET:
-        why = f"the file has opset {opset}, and the rewritten site needs {LEAST_OPSET}"
-        return "kept", Miss("opset-too-old", found.anchor, why)
-    if found.match.escapes and cost_model:
-        why = f"{', '.join(found.match.escapes)} is read outside the site, and a fused operator comes on top"
-        return "kept", Miss("weights-in-use", found.match.escapes[0], why)
-    blocked = gate.blocked(found)
-    return ("missed", blocked) if blocked is not None else ("", None)
-
-
-def _names(namer: Namer, found: Found) -> dict[str, Any]:
-    """Return what is known of a site's operands; a name is a service, and never costs a rewrite."""
-    try:
-        names = namer.names(found)
-    except Exception as error:  # a mistake of ours must not take the user's model down
-        log.warning("%s: its operands could not be named", found.match.site.id, exc_info=error)
-        return {}
-    return {"operands": names} if names else {}
 
 
 # ---------------------------------------------------------------- words

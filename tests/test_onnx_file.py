@@ -167,24 +167,12 @@ def test_both_sites_become_one_operator_each_and_the_rest_stays(both: Path, tmp_
     assert "Softmax" not in {n.op_type for n in after.graph.node}
 
 
-def test_new_names_stay_apart_from_those_of_the_file(both: Path, tmp_path: Path) -> None:
-    first, _ = rewrite(both, tmp_path)
-    model = onnx.load(first.files[0])
-    names = [n.name for n in model.graph.node if n.name]
-    values = [v for n in model.graph.node for v in n.output]
-    assert len(set(names)) == len(names)
-    assert len(set(values)) == len(values)
-    again = inspect_onnx(first.files[0])
-    assert "already-fused" in {s.code for s in again.sites}
-    assert "rewritten" not in {s.status for s in again.sites}
-
-
 # ---------------------------------------------------------------- hand-made files
 
 SPELLED = """
  kt = Transpose<perm=[0,1,3,2]>(k)
  s = MatMul(q, kt)
- c = Constant<value_float=0.35>()
+ c = Constant<value_float=0.25>()
  sc = Mul(s, c)
  w = Softmax<axis=-1>(sc)
  y = MatMul(w, v)
@@ -256,15 +244,38 @@ def test_file_with_an_old_opset_is_kept_with_the_reason(tmp_path: Path) -> None:
     assert len(after.graph.node) == len(onnx.load(path).graph.node)
 
 
-def test_two_sites_of_the_same_operands_keep_both_names(tmp_path: Path) -> None:
-    again = SPELLED
+def _renamed(body: str) -> str:
+    """Return the same nodes with other names for what they give."""
     for name in ("kt", "s", "c", "sc", "w", "y"):
-        again = again.replace(f" {name} =", f" {name}2 =").replace(f"({name})", f"({name}2)")
-        again = again.replace(f"({name},", f"({name}2,").replace(f", {name})", f", {name}2)")
-    path = written(tmp_path / "in.onnx", SPELLED + again, out="float[B,4,S,8] y, float[B,4,S,8] y2")
+        body = body.replace(f" {name} =", f" {name}2 =").replace(f"({name})", f"({name}2)")
+        body = body.replace(f"({name},", f"({name}2,").replace(f", {name})", f", {name}2)")
+    return body
+
+
+def test_two_sites_of_the_same_operands_keep_both_names(tmp_path: Path) -> None:
+    body = SPELLED + _renamed(SPELLED)
+    path = written(tmp_path / "in.onnx", body, out="float[B,4,S,8] y, float[B,4,S,8] y2")
     done, after = rewrite(path, tmp_path)
     assert [s.status for s in done.report.sites] == ["rewritten", "rewritten"]
     assert [o.name for o in after.graph.output] == ["y", "y2"]
+
+
+def test_new_names_stay_apart_from_those_of_a_file_of_ours(tmp_path: Path) -> None:
+    other = _renamed(SPELLED).replace("MatMul(q, kt2)", "MatMul(y, kt2)")
+    first, _ = rewrite(written(tmp_path / "in.onnx", SPELLED, out="float[B,4,S,8] y"), tmp_path)
+    grown = onnx.load(first.files[0])
+    more = onnx.load(written(tmp_path / "more.onnx", SPELLED + other, out="float[B,4,S,8] y2"))
+    grown.graph.node.extend(n for n in more.graph.node if n.output[0].endswith("2"))
+    grown.graph.output[0].CopyFrom(more.graph.output[0])
+    onnx.save(grown, tmp_path / "grown.onnx")
+    first = rewrite_onnx(tmp_path / "grown.onnx", tmp_path / "twice.onnx")
+    model = onnx.load(first.files[0])
+    names = [n.name for n in model.graph.node if n.name]
+    values = [v for n in model.graph.node for v in n.output]
+    assert len(set(names)) == len(names)
+    assert len(set(values)) == len(values)
+    assert Counter(n.op_type for n in model.graph.node)["MultiHeadAttention"] == 2
+    assert sorted(s.code for s in first.report.sites) == ["", "already-fused"]
 
 
 def test_site_that_no_operator_fits_becomes_a_function(tmp_path: Path) -> None:
@@ -296,6 +307,26 @@ def test_site_that_disagrees_is_put_back(tmp_path: Path, monkeypatch: pytest.Mon
     assert not done.sites
     assert not any(check_untouched(onnx.load(path), after).values())
     assert [n.op_type for n in after.graph.node] == [n.op_type for n in onnx.load(path).graph.node]
+
+
+def test_site_that_the_runtime_refuses_is_put_back_and_the_others_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = exporting.decide
+
+    def wrong(calls: Any, capabilities: Any) -> Any:
+        out = true(calls, capabilities)
+        for i, d in enumerate(out):
+            if "scale(0.25)" not in d.call.text:
+                out[i] = dataclasses.replace(d, call=dataclasses.replace(d.call, head_sizes=(7, 7)))
+        return out
+
+    monkeypatch.setattr(exporting, "decide", wrong)
+    body = SPELLED + _renamed(SPELLED).replace("0.25", "0.5")
+    path = written(tmp_path / "in.onnx", body, out="float[B,4,S,8] y, float[B,4,S,8] y2")
+    done, after = rewrite(path, tmp_path)
+    assert [s.code for s in done.report.sites] == ["", "failed-verification"]
+    assert Counter(n.op_type for n in after.graph.node)["Softmax"] == 1
 
 
 def test_nothing_is_written_when_the_file_cannot_run(tmp_path: Path) -> None:

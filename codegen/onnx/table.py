@@ -182,6 +182,12 @@ def _names(family: str) -> list[str]:
     return [n.removeprefix(f"{family}-") for n in names if n.rpartition("-")[0] == family]
 
 
+def within(table: Table, opset: int) -> Table:
+    """Return the table for a file that has ``opset``: rows of later standard operators are left out."""
+    rows = tuple(replace(r, opset=opset) for r in table.rows if r.domain or r.opset <= opset)
+    return replace(table, opset=opset, rows=rows)
+
+
 def _key(version: str) -> tuple[int, ...]:
     """Return the version 1.31 as numbers."""
     return tuple(int(p) for p in version.split(".") if p.isdigit())

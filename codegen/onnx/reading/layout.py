@@ -140,8 +140,8 @@ def _slice(r: Reader, n: ir.Node) -> fx.Node:
         end = _TO_THE_END if isinstance(end, int) and end >= _FAR else end
         for bound in (start, end):
             place = bound.meta["val"] if isinstance(bound, fx.Node) else bound
-            if place != _TO_THE_END and not (isinstance(place, int) and place <= 0):
-                r.symbols.assume_order(place, _sizes(x)[axis])
+            if place != _TO_THE_END:
+                r.symbols.assume_order(abs(place) if isinstance(place, int) else place, _sizes(x)[axis])
         x = r.call(aten.slice.Tensor, x, axis, start, end, step)
     return x
 

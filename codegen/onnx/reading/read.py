@@ -265,7 +265,7 @@ def _by_rule(r: Reader, n: ir.Node, rule: layers.Rule | None) -> bool:
     if len(nodes) < len([v for v in n.outputs if v.uses() or v.is_graph_output()]):
         raise UnreadError("it has more outputs than are read")
     for value, node in zip(n.outputs, nodes, strict=False):
-        r.entries[value] = Entry(node, None, node.meta["val"].dtype, value)
+        r.entries[value] = r.made(node, value)
         if r.origins.get(node.name) is n:
             r.links.setdefault(node.name, value)
     return True

@@ -17,6 +17,7 @@ from torch import fx
 
 from attnc.codegen.onnx.reading.symbols import Size, Symbols
 from attnc.codegen.onnx.reading.tensors import to_torch, torch_type
+from attnc.editing import _looks as looks
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -62,7 +63,7 @@ class Reader:
     """Hold the fx graph while it is built.  ``opset`` is that of the default domain.
 
     ``links`` maps nodes to the values of the file that they are, ``origins`` to the file's nodes that made
-    them, ``sizes`` says which element of which value a symbolic size is.
+    them, ``sizes`` says which element of which value a symbolic size is, ``real`` holds small constants.
     """
 
     symbols: Symbols
@@ -75,7 +76,9 @@ class Reader:
     sizes: dict[str, tuple[ir.Value, int]] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
     at: ir.Node | None = None
+    real: dict[str, torch.Tensor] = field(default_factory=dict)
     _front: fx.Node | None = None
+    _values: dict[Any, Any] = field(default_factory=dict)
 
     # ------------------------------------------------------------ inputs of a node
 
@@ -170,13 +173,40 @@ class Reader:
     # ------------------------------------------------------------ making nodes
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        """Append a call and return its node; its value comes from running it on fake tensors."""
+        """Append a call and return its node; its value comes from running it on fake tensors.
+
+        Layers repeat, so calls on values that look the same are run once.
+        """
         values, named = fx.node.map_arg((args, kwargs), lambda x: x.meta["val"])
-        with self.symbols.mode, torch.no_grad():
-            val = target(*values, **named)
+        key = (target, looks(values), looks(named))
+        if key not in self._values:
+            with self.symbols.mode, torch.no_grad():
+                self._values[key] = target(*values, **named)
+        val = self._values[key]
         node = self.graph.call_function(target, args, kwargs)
         self._note(node, val)
+        self._fold(node)
         return node
+
+    def _fold(self, node: fx.Node) -> None:
+        """Work out a small tensor that is made from small constants alone."""
+        val, inputs = node.meta["val"], node.all_input_nodes
+        if not isinstance(val, torch.Tensor) or not inputs or any(x.name not in self.real for x in inputs):
+            return
+        if all(isinstance(n, int) for n in val.shape) and val.numel() <= KNOWN:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda x: self.real[x.name])
+            assert callable(node.target), f"{node} calls nothing"
+            self.real[node.name] = node.target(*args, **kwargs)
+
+    def made(self, node: fx.Node, value: ir.Value) -> Entry:
+        """Return what a rule made as an entry, with its elements where they are known."""
+        t = self.real.get(node.name)
+        return Entry(node, self._items(t), node.meta["val"].dtype, value, t)
+
+    def _items(self, t: torch.Tensor | None) -> Items | None:
+        if t is None or t.numel() > KNOWN or t.dtype not in (torch.int64, torch.int32, torch.bool):
+            return None
+        return as_items(t.tolist(), list(t.shape))
 
     def pad(self, x: fx.Node, pads: Sequence[int | fx.Node], fill: float) -> fx.Node:
         """Append a constant padding; ``pads`` has two sizes per axis, the last axis first.
@@ -242,10 +272,9 @@ class Reader:
         self.tensors[node.name] = stored
         if value is not None:
             self.links[node.name] = value
-        items = None
-        if stored is not None and count <= KNOWN and dtype in (torch.int64, torch.int32, torch.bool):
-            items = as_items(stored.tolist(), sizes)
-        return Entry(node, items, dtype, value, stored)
+        if stored is not None and count <= KNOWN:
+            self.real[node.name] = stored
+        return Entry(node, self._items(stored), dtype, value, stored)
 
     def _spelled(self, e: Entry) -> fx.Node:
         """Return known elements as a tensor node: a constant if all are numbers."""
@@ -254,7 +283,7 @@ class Reader:
             t = torch.tensor([int(x) for x in e.items.flat], dtype=e.dtype).reshape(e.items.shape)
             name = e.value.name if e.value is not None and e.value.name else "known"
             node = self.placeholder(name, self.fake(t.shape, e.dtype))
-            self.tensors[node.name], e.tensor = t, t
+            self.tensors[node.name], self.real[node.name], e.tensor = t, t, t
         else:
             parts = [
                 self.call(aten.scalar_tensor.default, self.argument(x, e, j), dtype=e.dtype)

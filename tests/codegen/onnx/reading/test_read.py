@@ -303,3 +303,10 @@ def test_length_that_a_stored_table_limits_is_a_condition() -> None:
     inputs, body = CASES["slice-to-a-size"]
     reading = read(ir.serde.deserialize_model(model_of(inputs, body)))
     assert reading.assumed == ("S <= 64",)
+
+
+def test_what_small_constants_make_is_a_constant() -> None:
+    body = "a = Constant<value_float=16.0>() b = Sqrt(a) c = Div(x, b) lo = Neg(b) out = Clip(c, lo, b)"
+    reading = check(model_of("float[B,S] x", body))
+    (clamp,) = [n for n in reading.graph.nodes if n.target is torch.ops.aten.clamp.default]
+    assert clamp.args[1:] == (-4.0, 4.0)
