@@ -18,6 +18,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from attnc import logs
 from attnc.codegen.onnx import missing
 from attnc.codegen.onnx.builder import OURS
 from attnc.codegen.onnx.names import is_attend
@@ -28,6 +29,8 @@ from attnc.programs import functional_program, is_functional
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+log = logs.get("codegen")
 
 ATTEND, LINEAR = "Attend", "LinearW8A8"
 
@@ -197,17 +200,31 @@ def convert(program: ExportedProgram, calls: Sequence[Call], opset: int) -> ir.M
                 dynamo=True,
                 verbose=False,
                 opset_version=opset,
+                optimize=False,
                 custom_translation_table=_translations(calls, opset),
             )
     except torch.onnx.OnnxExporterError as e:
         raise CodegenError(f"ONNX export: the program cannot be converted: {_chain(e)}") from e
     assert converted is not None, "torch.onnx.export returns a program when dynamo is on"
-    model: ir.Model = converted.model
+    model = _folded(converted)
     found = sum(n.domain == OURS and n.op_type == ATTEND for n in model.graph)
     if found != len(calls):
         raise CodegenError(
             f"ONNX export: expected {len(calls)} attention sites in the converted graph, found {found}"
         )
+    return model
+
+
+def _folded(converted: torch.onnx.ONNXProgram) -> ir.Model:
+    """Return the model with its constants folded, or as it is where the exporter's folding fails."""
+    before: ir.Model = converted.model.clone()
+    try:
+        with _quiet():
+            converted.optimize()
+    except Exception as e:  # the folding of a library, which a correct file can do without
+        log.warning("constants are not folded: %s", _chain(e))
+        return before
+    model: ir.Model = converted.model
     return model
 
 
