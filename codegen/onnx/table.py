@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
 
-from attnc.codegen.onnx.sites import HIDES, Call, Folded
+from attnc.codegen.onnx.sites import HIDES, Call, Folded, Split
 from attnc.errors import CodegenError
 from attnc.masks import Full
 
@@ -34,9 +34,13 @@ WORDS: Mapping[str, str] = {
     "window": "no window there",
     "softcap": "no softcap there",
     "sink": "no sink there",
+    "sink-key": "no sink there",
     "bias": "no bias there",
 }
-"""What an operator may take beside q, k, v and a scale, and what is said of one that does not."""
+"""What an operator may take beside q, k, v and a scale, and what is said of one that does not.
+
+``sink-key`` is a sink written as one more key, beside which the whole mask is in the bias.
+"""
 
 Condition = Callable[[Call], str | None]
 
@@ -78,6 +82,10 @@ class Row:
         folded = call.folded()
         assert isinstance(folded, Folded), folded
         split = call.split(windows="window" in self.takes, unequal="causal-unequal" in self.takes)
+        sink = call.spec.norm.sink is not None
+        as_key = sink and "sink-key" in self.takes
+        if as_key:
+            split = Split(None, call.spec.mask)
         guarded = split.guarded is not None and "window" in self.takes
         band = split.band
         asked = {
@@ -86,8 +94,9 @@ class Row:
             "causal-unequal": band is not None and not call.is_self,
             "window": band is not None and band.left is not None,
             "softcap": folded.softcap != 0.0,
-            "sink": call.spec.norm.sink is not None,
-            "bias": bool(folded.biases) or not isinstance(split.rest, Full),
+            "sink": sink and not as_key,
+            "sink-key": as_key,
+            "bias": bool(folded.biases) or as_key or not isinstance(split.rest, Full),
         }
         return tuple(word for word, is_asked in asked.items() if is_asked)
 

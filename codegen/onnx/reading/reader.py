@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 Items = np.ndarray[Any, np.dtype[np.object_]]
 """Elements of a small integer tensor: numbers and symbolic sizes."""
-AXES = 16
-"""Axes of a tensor that is followed: with many, what torch asks of symbolic sizes takes minutes."""
+AXES, VARYING = 16, 6
+"""Axes of a tensor that is followed, and those of varying size: with ten, one product takes torch seconds."""
 KNOWN = 256
 """Elements of the largest integer tensor whose elements are followed one by one."""
 STORED = 1 << 22
@@ -115,8 +115,11 @@ class Reader:
         val = e.node.meta.get("val")
         if not isinstance(val, torch.Tensor):
             raise UnreadError("the shape of an input is not known")
-        if val.ndim > AXES:
-            raise UnreadError(f"an input has {val.ndim} axes of at most {AXES} that are followed")
+        varying = sum(not isinstance(n, int) for n in val.shape)
+        if val.ndim > AXES or varying > VARYING:
+            raise UnreadError(
+                f"an input has {val.ndim} axes of at most {AXES}, {varying} of varying size of {VARYING}"
+            )
         return e.node
 
     def items(self, n: ir.Node, i: int) -> Items | None:
