@@ -272,7 +272,10 @@ def _opaque(r: Reader, n: ir.Node) -> None:
     for value in n.outputs:
         dtype, val = torch_type(value.dtype), guessed.get(value.name or "")
         if dtype is not None and value.shape is not None:
-            val = r.fake([r.symbols.of(m) for m in value.shape], dtype)
+            try:
+                val = r.fake([r.symbols.of(m) for m in value.shape], dtype)
+            except RuntimeError as e:  # a size that is negative at the hints of its symbols
+                log.info("%s: its shape has no example: %s", value.name, e)
         elif val is not None:
             dtype = val.dtype
         node = r.opaque(inputs, val)

@@ -325,3 +325,11 @@ def test_sizes_that_the_file_writes_as_expressions_are_those_of_the_inputs() -> 
     proto.graph.value_info.append(onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [name]))
     reading = read(ir.serde.deserialize_model(proto))
     assert sorted(reading.names.values()) == ["B", "S"]
+
+
+def test_size_that_is_negative_for_small_inputs_leaves_the_shape_unknown() -> None:
+    proto = model_of("float[B,S] x", "y = other.Thing(x) out = Exp(y)", "float[B,S] out")
+    proto.graph.value_info.append(
+        onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["S - 900"])
+    )
+    assert set(read(ir.serde.deserialize_model(proto)).unread) == {"other.Thing", "Exp"}
