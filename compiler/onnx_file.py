@@ -211,6 +211,7 @@ class _Work:
                 self._put_back_alive(done.alive)
                 continue
             if not verify or not self.live:
+                self.agreements = []
                 break
             with _timed(self.stages, "check"):
                 bad = self._disagreements(done.model)

@@ -38,12 +38,14 @@ def version() -> str:
 class Session:
     """A loaded model: call it with a mapping of input names to tensors, get its outputs in order."""
 
-    def __init__(self, model: ir.Model | Path) -> None:
+    def __init__(self, model: ir.Model | Path, *, optimized: bool = True) -> None:
         import onnx_ir as ir
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
+        if not optimized:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = torch.get_num_threads()
         source = str(model) if isinstance(model, Path) else ir.to_proto(model).SerializeToString()
         self._session = onnxruntime.InferenceSession(source, options, providers=[PROVIDER])

@@ -6,7 +6,6 @@ import ast
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -279,8 +278,10 @@ def _opaque(r: Reader, n: ir.Node) -> None:
     for value in n.outputs:
         dtype, val = torch_type(value.dtype), guessed.get(value.name or "")
         if dtype is not None and value.shape is not None:
-            with suppress(UnreadError):
+            try:
                 val = r.fake([r.symbols.of(m) for m in value.shape], dtype)
+            except (UnreadError, RuntimeError) as e:  # too many axes, or negative at the hints of its symbols
+                log.info("%s: its shape has no example: %s", value.name, e)
         elif val is not None:
             dtype = val.dtype
         node = r.opaque(inputs, val)

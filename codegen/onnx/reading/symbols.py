@@ -81,12 +81,14 @@ class Symbols:
         """See that two sizes which must be equal are known to be.
 
         Raises:
-            EqualSizesError: one is a symbol of its own; the graph must be read with both as one.
+            EqualSizesError: one is a symbol of its own, and the other is one or a number; the graph must be
+                read with both as one.
         """
         for one, other in ((a, b), (b, a)):
-            name = self.name_of(one)
-            if name is not None:
-                raise EqualSizesError(name, other if isinstance(other, int) else self.name_of(other) or name)
+            name, known = self.name_of(one), other if isinstance(other, int) else self.name_of(other)
+            nothing = isinstance(known, int) and known < 1
+            if name is not None and known is not None and name != known and not nothing:
+                raise EqualSizesError(name, known)
 
     def assume_order(self, a: Size, b: Size) -> None:
         """Note which of two sizes is taken to be the smaller one, where that is not so for all sizes.
@@ -130,11 +132,15 @@ _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
 }
+_FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {"Mod": operator.mod, "FloorDiv": operator.floordiv}
+"""How torch's exporter writes remainders and quotients of sizes."""
 
 
 def evaluated(text: str, named: Callable[[str], Size]) -> Size | None:
-    """Return the value of a sum, difference or product of names and numbers, None for any other text."""
+    """Return the value of sums, products, quotients and remainders of names, None for any other text."""
     try:
         tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError):  # no expression, or a NUL in it
@@ -148,6 +154,9 @@ def evaluated(text: str, named: Callable[[str], Size]) -> Size | None:
         if isinstance(e, ast.BinOp) and type(e.op) in _OPERATORS:
             a, b = value(e.left), value(e.right)
             return None if a is None or b is None else _OPERATORS[type(e.op)](a, b)
+        if isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and e.func.id in _FUNCTIONS:
+            xs = [value(x) for x in e.args]
+            return None if len(xs) != 2 or None in xs else _FUNCTIONS[e.func.id](*xs)
         return None
 
     found = value(tree)

@@ -310,3 +310,26 @@ def test_what_small_constants_make_is_a_constant() -> None:
     reading = check(model_of("float[B,S] x", body))
     (clamp,) = [n for n in reading.graph.nodes if n.target is torch.ops.aten.clamp.default]
     assert clamp.args[1:] == (-4.0, 4.0)
+
+
+def test_size_that_meets_a_sum_of_sizes_leaves_the_node_opaque() -> None:
+    body = "c = Concat<axis=0>(x, y) out = Add(c, z)"
+    reading = read(ir.serde.deserialize_model(model_of("float[S,4] x, float[T,4] y, float[B,4] z", body)))
+    assert set(reading.unread) == {"Add"}
+    assert not reading.equal
+
+
+def test_sizes_that_the_file_writes_as_expressions_are_those_of_the_inputs() -> None:
+    proto = model_of("float[B,S] x", "y = other.Thing(x) out = Exp(y)", "float[B,S] out")
+    name = "S - Mod(S, 4) + 2*B"
+    proto.graph.value_info.append(onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [name]))
+    reading = read(ir.serde.deserialize_model(proto))
+    assert sorted(reading.names.values()) == ["B", "S"]
+
+
+def test_size_that_is_negative_for_small_inputs_leaves_the_shape_unknown() -> None:
+    proto = model_of("float[B,S] x", "y = other.Thing(x) out = Exp(y)", "float[B,S] out")
+    proto.graph.value_info.append(
+        onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["S - 900"])
+    )
+    assert set(read(ir.serde.deserialize_model(proto)).unread) == {"other.Thing", "Exp"}
