@@ -293,7 +293,7 @@ def make_feeds(model: ir.Model, sizes: Mapping[str, int]) -> Feeds:
 
 def _number(text: str, sizes: Mapping[str, int]) -> int | None:
     try:
-        found = evaluated(text, lambda name: sizes[name])
+        found = evaluated(text, lambda name: sizes[name], {"Max": max, "Min": min})
     except KeyError:
         return None
     return int(found) if found is not None else None

@@ -63,7 +63,7 @@ class Symbols:
             return size
         if not size.value:
             return self.fresh()
-        found = evaluated(str(size.value), self.named)
+        found = evaluated(str(size.value), self.named, {"Max": self.greatest, "Min": self.least})
         return self.named(str(size.value)) if found is None else found
 
     def _new(self, name: str) -> torch.SymInt:
@@ -90,14 +90,23 @@ class Symbols:
             if name is not None and known is not None and name != known and not nothing:
                 raise EqualSizesError(name, known)
 
-    def assume_order(self, a: Size, b: Size) -> None:
-        """Note which of two sizes is taken to be the smaller one, where that is not so for all sizes.
+    def assume_order(self, a: Size, b: Size) -> tuple[Size, Size]:
+        """Return two sizes, the smaller one first, and note it where that is not so for all sizes.
 
         Their hints decide, as they do in torch when a slice ends at one of them.
         """
-        if not (statically_known_true(a <= b) or statically_known_true(b <= a)):
-            less, more = (a, b) if _hint(a) <= _hint(b) else (b, a)
+        less, more = (a, b) if _hint(a) <= _hint(b) else (b, a)
+        if not statically_known_true(less <= more):
             self.assumed[f"{self.text(less)} <= {self.text(more)}"] = None
+        return less, more
+
+    def least(self, a: Size, b: Size) -> Size:
+        """Return the smaller of two sizes, as ``assume_order`` decides."""
+        return self.assume_order(a, b)[0]
+
+    def greatest(self, a: Size, b: Size) -> Size:
+        """Return the greater of two sizes, as ``assume_order`` decides."""
+        return self.assume_order(a, b)[1]
 
     def text(self, size: Size) -> str:
         """Return a size in the file's names."""
@@ -139,8 +148,14 @@ _FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {"Mod": operator.mod, "FloorD
 """How torch's exporter writes remainders and quotients of sizes."""
 
 
-def evaluated(text: str, named: Callable[[str], Size]) -> Size | None:
-    """Return the value of sums, products, quotients and remainders of names, None for any other text."""
+def evaluated(
+    text: str, named: Callable[[str], Size], functions: Mapping[str, Callable[[Any, Any], Any]]
+) -> Size | None:
+    """Return the value of sums, products, quotients and remainders of names, None for any other text.
+
+    ``functions`` are further ones of two sizes.
+    """
+    functions = {**_FUNCTIONS, **functions}
     try:
         tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError):  # no expression, or a NUL in it
@@ -154,9 +169,9 @@ def evaluated(text: str, named: Callable[[str], Size]) -> Size | None:
         if isinstance(e, ast.BinOp) and type(e.op) in _OPERATORS:
             a, b = value(e.left), value(e.right)
             return None if a is None or b is None else _OPERATORS[type(e.op)](a, b)
-        if isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and e.func.id in _FUNCTIONS:
+        if isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and e.func.id in functions:
             xs = [value(x) for x in e.args]
-            return None if len(xs) != 2 or None in xs else _FUNCTIONS[e.func.id](*xs)
+            return None if len(xs) != 2 or None in xs else functions[e.func.id](*xs)
         return None
 
     found = value(tree)
