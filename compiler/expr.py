@@ -215,7 +215,8 @@ def where(c: Expr, a: Expr, b: Expr) -> Expr:
         narrowed = substitute(a, pins)
         if narrowed == substitute(b, pins):
             return b
-        a = narrowed
+        if all(x in walk(a) for x in walk(narrowed) if x.op == "load"):  # else one at a fixed place is read
+            a = narrowed
     if is_int(a) and is_int(b):
         return generator(Expr("where", c, a, b))
     return Expr("where", c, a, b)

@@ -250,6 +250,13 @@ def test_digests_are_the_same_in_every_process():
     assert len(runs[0].stdout.strip()) == 24
 
 
+def test_a_pinned_index_stays_in_what_is_read():
+    i, n = E.index("i", E.size("n")), E.size("n")
+    first, read = E.eq0(i), E.load("ids", (i,), "int")  # a formula cannot read at a place that is a number
+    assert {x for x in E.walk(E.where(first, read, n)) if x.op == "load"} == {E.only_generator(read)}
+    assert E.where(first, E.add(i, n), E.ONE) == E.where(first, n, E.ONE), "all else is narrowed"
+
+
 def test_the_greatest_of_sizes_is_known_where_it_is_the_same_for_all_lengths():
     import sympy
     from torch.utils._sympy.functions import Max
