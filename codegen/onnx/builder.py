@@ -126,9 +126,17 @@ class Builder:
 
 
 def _origin(x: ir.Value, axis: int) -> tuple[ir.Value, int]:
-    """Return the value and axis of the same size before transposes and reshapes, which may then go."""
+    """Return the value and axis of the same size before layout changes and projections, which may then go."""
     node = x.producer()
-    while node is not None and node.domain == "" and node.op_type in ("Transpose", "Reshape"):
+    while (
+        node is not None and node.domain == "" and node.op_type in ("Transpose", "Reshape", "Add", "MatMul")
+    ):
+        if node.op_type in ("Add", "MatMul"):
+            projected = _projected(node, x, axis)
+            if projected is None:
+                break
+            x, node = projected, projected.producer()
+            continue
         before = node.inputs[0]
         assert before is not None, "a layout change has an input"
         if node.op_type == "Transpose":
@@ -140,6 +148,17 @@ def _origin(x: ir.Value, axis: int) -> tuple[ir.Value, int]:
             axis = same
         x, node = before, before.producer()
     return x, axis
+
+
+def _projected(node: ir.Node, x: ir.Value, axis: int) -> ir.Value | None:
+    """Return what a stored matrix or row was multiplied with or added to, if that has ``axis`` of ``x``."""
+    rank = None if x.shape is None else len(x.shape)
+    one, other = node.inputs
+    stored = other if other is not None and other.const_value is not None else None
+    if stored is None or stored.shape is None or rank is None or axis % rank == rank - 1:
+        return None
+    same = one is not None and one.shape is not None and len(one.shape) == rank
+    return one if same and len(stored.shape) == (1 if node.op_type == "Add" else 2) else None
 
 
 def _axis_of(shape: ir.Shape | None, size: Any) -> int | None:

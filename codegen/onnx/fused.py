@@ -17,6 +17,7 @@ import torch
 from attnc.codegen.onnx.builder import MICROSOFT, Builder
 from attnc.codegen.onnx.guarded import Functions, Shared, function_name, hides_nothing, one_of, unless
 from attnc.codegen.onnx.masks import keep
+from attnc.codegen.onnx.packing import heads_of, packed, sizes_of, unpacked, without_rows
 from attnc.codegen.onnx.sinks import head_sink, sink_column
 from attnc.codegen.onnx.sites import ABSORBS, Call, Folded, Split
 from attnc.ir import Bias
@@ -82,8 +83,11 @@ def _multi_head(
     attributes: dict[str, Any] = {"num_heads": call.heads[0], "scale": folded.scale}
     if split.band is not None:
         attributes["unidirectional"] = 1
-    ins = [packed(b, x, n, d) for x, n, d in zip(qkv, _heads(call), _sizes(call), strict=True)]
-    tail = () if bias is None else (None, None, bias)
+    ins = [packed(b, x, n, d) for x, n, d in zip(qkv, heads_of(call), sizes_of(call), strict=True)]
+    ins, rows = without_rows(b, call, ins)
+    tail = [rows, None, bias]
+    while tail and tail[-1] is None:
+        tail.pop()
     shape = _packed_shape(call, qkv[0])
     out = b.op(
         "MultiHeadAttention", *ins, *tail, domain=MICROSOFT, dtype=call.dtype, shape=shape, **attributes
@@ -143,7 +147,7 @@ def _group_inputs(
     named: Mapping[str, ir.Value],
 ) -> list[ir.Value | None]:
     """Write the twelve inputs of GroupQueryAttention, the head sinks last."""
-    q, k, v = (packed(b, x, n, d) for x, n, d in zip(qkv, _heads(call), _sizes(call), strict=True))
+    q, k, v = (packed(b, x, n, d) for x, n, d in zip(qkv, heads_of(call), sizes_of(call), strict=True))
     length = b.cast(b.size(qkv[1], 2), torch.int32)
     last = b.op("Sub", length, b.const([1], torch.int32), dtype=torch.int32)
     seqlens = b.op("Expand", last, b.size(qkv[0], 0), dtype=torch.int32)
@@ -233,63 +237,10 @@ _WRITERS: Mapping[str, _Writer] = {
 }
 
 
-def _heads(call: Call) -> tuple[int, int, int]:
-    h, hkv, _, _ = call.numbers
-    return h, hkv, hkv
-
-
-def _sizes(call: Call) -> tuple[int, int, int]:
-    _, _, dqk, dv = call.numbers
-    return dqk, dqk, dv
-
-
 def _packed_shape(call: Call, q: ir.Value) -> list[Any] | None:
     """Return ``[B, Sq, H * Dv]`` with the sizes of q where they are known."""
     h, _, _, dv = call.numbers
     return None if q.shape is None else [q.shape[0], q.shape[2], h * dv]
-
-
-def packed(b: Builder, x: ir.Value, heads: int, size: int) -> ir.Value:
-    """Return ``[B, H, S, D]`` as ``[B, S, H * D]``: what it was unpacked from where the graph shows it."""
-    node = x.producer()
-    if node is not None and node.op_type == "Transpose" and node.domain == "" and _perm(node) == [0, 2, 1, 3]:
-        y = node.inputs[0]
-        assert y is not None, "a Transpose has an input"
-    else:
-        y = b.op("Transpose", x, perm=[0, 2, 1, 3])
-    node = y.producer()
-    if node is not None and node.op_type == "Reshape" and node.domain == "":
-        source = node.inputs[0]
-        if source is not None and _merges(source, y, heads, size):
-            return source
-    return b.op("Reshape", y, b.ints(0, 0, heads * size))
-
-
-def _perm(node: ir.Node) -> list[int] | None:
-    attribute = node.attributes.get("perm")
-    return None if attribute is None else list(attribute.as_ints())
-
-
-def _merges(packed_: ir.Value, parted: ir.Value, heads: int, size: int) -> bool:
-    """Say whether ``packed_`` ``[B, S, H * D]`` is ``parted`` ``[B, S, H, D]`` merged, by known shapes."""
-    if packed_.shape is None or parted.shape is None or len(packed_.shape) != 3 or len(parted.shape) != 4:
-        return False
-    same = all(_same(packed_.shape[i], parted.shape[i]) for i in (0, 1))
-    return same and packed_.shape[2] == heads * size and parted.shape[2] == heads and parted.shape[3] == size
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Say whether two sizes are known to be equal."""
-    if isinstance(a, int) or isinstance(b, int):
-        return isinstance(a, int) and isinstance(b, int) and a == b
-    return a.value is not None and a.value == b.value
-
-
-def unpacked(b: Builder, x: ir.Value, call: Call) -> ir.Value:
-    """Return ``[B, Sq, H * Dv]`` as ``[B, H, Sq, Dv]``."""
-    h, _, _, dv = call.numbers
-    parted = b.op("Reshape", x, b.ints(0, 0, h, dv), dtype=call.dtype)
-    return b.op("Transpose", parted, perm=[0, 2, 1, 3], dtype=call.dtype)
 
 
 def bias_fill(call: Call) -> float:

@@ -257,6 +257,26 @@ def test_cross_attention_with_bias_and_unlike_head_sizes(tmp_path: Path) -> None
     assert [s.operator for s in sites] == ["MultiHeadAttention"]
 
 
+@pytest.mark.parametrize(("without", "left"), [((), 0), (("k",), 0), (("k", "v"), 1)])
+def test_biases_of_projections_go_into_the_operator(
+    without: tuple[str, ...], left: int, tmp_path: Path
+) -> None:
+    """Of all three or of two; a single one stays an addition, since two rows of zeros would come with it."""
+    import onnx
+
+    g = torch.Generator().manual_seed(3)
+    args = torch.randn(2, 9, 24, generator=g), torch.randn(2, 11, 20, generator=g)
+    kwargs = {"bias": torch.randn(1, 4, 9, 11, generator=g)}
+    model = Cross()
+    for name in without:
+        getattr(model, name).bias = None
+    export(program_of(model, args, kwargs), tmp_path / "m.onnx", check_inputs=[(args, kwargs)])
+    graph = onnx.load(str(tmp_path / "m.onnx")).graph
+    (node,) = (n for n in graph.node if n.op_type == "MultiHeadAttention")
+    assert bool(node.input[3]) == (left == 0)
+    assert sum(n.op_type == "Add" for n in graph.node) == left
+
+
 def test_used_log_sum_exp_is_written_as_one_visible_function(tmp_path: Path) -> None:
     import onnx
 
