@@ -25,7 +25,7 @@ from attnc.codegen.onnx import placing, runtime, table
 from attnc.codegen.onnx.agreement import Agreement, Original, strangers
 from attnc.codegen.onnx.builder import OURS
 from attnc.codegen.onnx.export import SiteExport
-from attnc.codegen.onnx.files import open_model
+from attnc.codegen.onnx.opening.files import open_model
 from attnc.codegen.onnx.reading import Reading, read
 from attnc.codegen.onnx.reading.reader import unread
 from attnc.codegen.onnx.splice import Replaced, Sized, Spliced, sized_elsewhere, splice

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnc.codegen.onnx.export import EXTERNAL_AT
-from attnc.codegen.onnx.files import custom_operators
+from attnc.codegen.onnx.opening.files import custom_operators
 from attnc.codegen.onnx.parity import difference, graph_walk, scaled
 from attnc.codegen.onnx.reading import Reading
 from attnc.codegen.onnx.reading.symbols import evaluated

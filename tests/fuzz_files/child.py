@@ -15,8 +15,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from attnc.codegen.onnx.files import custom_operators, open_model
-from attnc.codegen.onnx.wire import MEMORY
+from attnc.codegen.onnx.opening.files import custom_operators, open_model
+from attnc.codegen.onnx.opening.wire import MEMORY
 from attnc.errors import AttncError, CheckpointError
 from attnc.onnx_file import inspect_onnx
 from tests.fuzz_files.mutate import mutated

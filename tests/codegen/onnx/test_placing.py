@@ -14,7 +14,7 @@ import pytest
 from onnx import helper
 
 from attnc.codegen.onnx import placing
-from attnc.codegen.onnx.files import open_model
+from attnc.codegen.onnx.opening.files import open_model
 from attnc.errors import CodegenError
 from tests.codegen.onnx.hostile import Node, graph, model
 

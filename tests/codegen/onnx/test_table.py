@@ -8,8 +8,9 @@ from importlib import resources
 import pytest
 import torch
 
-from attnc.codegen.onnx import files, probe
+from attnc.codegen.onnx import probe
 from attnc.codegen.onnx.check import site_model
+from attnc.codegen.onnx.opening import files
 from attnc.codegen.onnx.sites import Call
 from attnc.codegen.onnx.table import CONDITIONS, TARGETS, WORDS, Row, Table, candidates, load
 from attnc.errors import CodegenError

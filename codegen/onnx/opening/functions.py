@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from attnc.codegen.onnx.graphs import STEPS, check_attribute, check_nodes, check_type, subgraphs
-from attnc.codegen.onnx.wire import quoted
+from attnc.codegen.onnx.opening.graphs import STEPS, check_attribute, check_nodes, check_type, subgraphs
+from attnc.codegen.onnx.opening.wire import quoted
 from attnc.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from attnc.codegen.onnx.payload import AXES, type_name
-from attnc.codegen.onnx.wire import SHOWN, quoted
+from attnc.codegen.onnx.opening.payload import AXES, type_name
+from attnc.codegen.onnx.opening.wire import SHOWN, quoted
 from attnc.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from attnc.codegen.onnx import wire
-from attnc.codegen.onnx.files import custom_operators, open_model
+from attnc.codegen.onnx.opening import wire
+from attnc.codegen.onnx.opening.files import custom_operators, open_model
 from attnc.errors import CheckpointError
 from tests.codegen.onnx.hostile import (
     Node,
@@ -679,7 +679,7 @@ def test_large_weights_cost_no_more_than_twice_the_file(tmp_path: Path):
     path = stored(tmp_path, m)
     code = (
         "import resource, sys, onnx, onnx_ir.serde, onnx.defs\n"
-        "from attnc.codegen.onnx.files import open_model\n"
+        "from attnc.codegen.onnx.opening.files import open_model\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak(); open_model(sys.argv[1]); print(peak() - before)\n"
     )

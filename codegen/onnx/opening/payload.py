@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from attnc.codegen.onnx.wire import quoted
+from attnc.codegen.onnx.opening.wire import quoted
 from attnc.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attnc.codegen.onnx import wire
-from attnc.codegen.onnx.external import Folder
-from attnc.codegen.onnx.functions import RESERVED, STANDARD, check_functions, since
-from attnc.codegen.onnx.graphs import check_graph
-from attnc.codegen.onnx.payload import check_tensor
-from attnc.codegen.onnx.wire import quoted
+from attnc.codegen.onnx.opening import wire
+from attnc.codegen.onnx.opening.external import Folder
+from attnc.codegen.onnx.opening.functions import RESERVED, STANDARD, check_functions, since
+from attnc.codegen.onnx.opening.graphs import check_graph
+from attnc.codegen.onnx.opening.payload import check_tensor
+from attnc.codegen.onnx.opening.wire import quoted
 from attnc.errors import CheckpointError
 
 if TYPE_CHECKING:

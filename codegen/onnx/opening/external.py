@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attnc.codegen.onnx.wire import quoted
+from attnc.codegen.onnx.opening.wire import quoted
 from attnc.errors import CheckpointError
 
 if TYPE_CHECKING:

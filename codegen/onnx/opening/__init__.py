@@ -1,0 +1,1 @@
+"""Open ONNX files that nobody vouches for: bytes, paths, tensors, graphs and functions are checked first."""
