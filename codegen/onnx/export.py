@@ -26,6 +26,7 @@ from attnc.codegen.onnx.lower import Written
 from attnc.codegen.onnx.native import attend_natively
 from attnc.codegen.onnx.sites import Call
 from attnc.codegen.onnx.translate import LINEAR, convert, find_calls, flat
+from attnc.codegen.onnx.trials import Inputs, by_name, leaves
 from attnc.errors import CodegenError
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def export(
     path: str | os.PathLike[str],
     *,
     target: table.Target = "ort-cpu",
-    check_inputs: Sequence[parity.Inputs] | None = None,
+    check_inputs: Sequence[Inputs] | None = None,
     reference: parity.Reference | None = None,
     **options: Any,
 ) -> list[SiteExport]:
@@ -103,7 +104,7 @@ def export_model(
     path: str | os.PathLike[str],
     *,
     target: table.Target = "ort-cpu",
-    check_inputs: Sequence[parity.Inputs] | None = None,
+    check_inputs: Sequence[Inputs] | None = None,
     reference: parity.Reference | None = None,
     dim_names: names.DimNames | None = None,
     tolerance: float | None = None,
@@ -127,9 +128,9 @@ def export_model(
     old = placing.check_free(path, force)
     _check_program(program)
     program = lengths.write_known_sizes(flat(attend_natively(program)))
-    calls = [parity.by_name(program, *inputs) for inputs in check_inputs or ()]
+    calls = [by_name(program, *inputs) for inputs in check_inputs or ()]
     for args, kwargs in calls:
-        parity.leaves(program, args, kwargs)
+        leaves(program, args, kwargs)
     capabilities = table.load(target, runtime.version())
     decisions = decide(find_calls(program), capabilities)
     opset = max([capabilities.opset, *(d.choice.row.opset for d in decisions if d.choice.row)])
@@ -276,7 +277,7 @@ def _save(model: ir.Model, path: Path, external: bool | None) -> None:
 def _compared(
     job: _Job,
     path: Path,
-    inputs: Sequence[parity.Inputs],
+    inputs: Sequence[Inputs],
     reference: parity.Reference | None,
     tolerance: float | None,
 ) -> list[parity.Parity]:

@@ -1,12 +1,9 @@
-"""Compare a written model, run by ONNX Runtime, with the program it came from, at several sizes.
-
-A model with a past is also run with an empty one and with one new position (``lengths``).
-"""
+"""Compare a written model, run by ONNX Runtime, with the program it came from, call by call (``trials``)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +14,13 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from attnc import logs
-from attnc.codegen.onnx.lengths import edges
-from attnc.codegen.onnx.names import input_names, input_nodes
+from attnc.codegen.onnx.names import input_names
 from attnc.codegen.onnx.runtime import Session, failures
+from attnc.codegen.onnx.trials import Inputs, at_edges, leaves, masked, other_sizes
 from attnc.errors import CodegenError
 
 log = logs.get("codegen")
 
-OTHER = (0.5, 2.0)
-"""The other sizes to try, times those of the example; the first at which the model itself runs."""
-
-Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 Reference = Callable[..., Any]
 
 
@@ -65,8 +58,8 @@ def compare(
 ) -> list[Parity]:
     """Run the model at ``path`` and the reference on ``inputs``, and at more sizes if sizes are dynamic.
 
-    The reference is by default ``program`` itself.  Of the other sizes, what it does not accept is not run:
-    a model that divides a size by a number may refuse half of it, and take twice of it.
+    The reference is by default ``program`` itself.  Of the other sizes, the first that it accepts are run: a
+    model that divides a size by a number may refuse half of it, and take twice of it, or another batch alone.
 
     Raises:
         CodegenError: ONNX Runtime does not load the model, or the inputs are not the program's.
@@ -82,122 +75,11 @@ def compare(
 
     found = [one(i, True) for i in inputs]
     if inputs:
-        others = (other_size(program, *inputs[0], times) for times in OTHER)
-        found.append(next(filter(None, (one(i, False) for i in others if i is not None)), None))
-        found += [one(i, False) for i in _at_edges(program, *inputs[0])]
+        others = (one(i, False) for i in other_sizes(program, *inputs[0]))
+        found.append(next(filter(None, others), None))
+        found += [one(i, False) for i in at_edges(program, *inputs[0])]
+        found += [one(i, False) for i in masked(program, *inputs[0])]
     return [f for f in found if f is not None]
-
-
-def by_name(program: ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
-    """Return a call with those positional inputs by name that the program was captured with by name."""
-    spec = program.call_spec.in_spec
-    assert spec is not None, "an exported program knows its call"
-    children = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
-    first, keys = children[0], [k for k in children[1].context if k not in kwargs]
-    count = first.num_children if hasattr(first, "num_children") else len(first.children_specs)
-    left = args[:count] + args[count + len(keys) :]
-    return left, {**dict(zip(keys, args[count:], strict=False)), **kwargs}
-
-
-def leaves(program: ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Flatten a call as the program does; keywords may come in any order.
-
-    Raises:
-        CodegenError: another structure than the program was exported with.
-    """
-    spec = program.call_spec.in_spec
-    assert spec is not None, "an exported program knows its call"
-    children = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
-    keys = list(children[1].context)
-    if set(keys) != set(kwargs):
-        raise CodegenError(f"ONNX export: expected the keywords {keys} in check inputs, found {list(kwargs)}")
-    flat, found = pytree.tree_flatten((tuple(args), {k: kwargs[k] for k in keys}))
-    if len(flat) != spec.num_leaves:
-        raise CodegenError(f"ONNX export: expected check inputs of structure {spec}, found {found}")
-    return flat
-
-
-def other_size(
-    program: ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any], times: float = 0.5
-) -> Inputs | None:
-    """Return the same call at other sizes, about ``times`` each (and another one); None if all are fixed.
-
-    Values are those of the given inputs, so ids stay ids.
-    """
-    flat = leaves(program, args, kwargs)
-    sizes = _sizes(program, flat)
-    for symbol, size in sizes.items():
-        least, most = _range(program, symbol)
-        half = size // 2 + 1 if size > 2 else size + 1
-        wanted = half if times < 1 else int(size * times)
-        sizes[symbol] = int(min(max(wanted, least), most))
-    return _call(program, flat, sizes, args, kwargs) if sizes else None
-
-
-def _at_edges(program: ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Inputs]:
-    """Yield the call with an empty past, and with one new position, if there is a past."""
-    flat = leaves(program, args, kwargs)
-    for sizes in edges(program, _sizes(program, flat)):
-        yield _call(program, flat, sizes, args, kwargs)
-
-
-def _sizes(program: ExportedProgram, flat: Sequence[Any]) -> dict[Any, int]:
-    """Return the size of each symbol that is an axis of an input."""
-    sizes = dict[Any, int]()
-    for node, x in zip(input_nodes(program), flat, strict=True):
-        for symbol, size in _symbols(node, x):
-            sizes.setdefault(symbol, size)
-    return sizes
-
-
-def _call(
-    program: ExportedProgram,
-    flat: Sequence[Any],
-    sizes: Mapping[Any, int],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> Inputs:
-    """Return the call with its tensors cut or repeated to ``sizes``."""
-    resized = [_resized(n, x, sizes) for n, x in zip(input_nodes(program), flat, strict=True)]
-    order = {k: kwargs[k] for k in _program_order(program, list(kwargs))}
-    _, spec = pytree.tree_flatten((tuple(args), order))
-    new_args, new_kwargs = pytree.tree_unflatten(resized, spec)
-    return new_args, new_kwargs
-
-
-def _program_order(program: ExportedProgram, keys: Sequence[str]) -> list[str]:
-    spec = program.call_spec.in_spec
-    assert spec is not None, "an exported program knows its call"
-    children = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
-    return [k for k in children[1].context if k in keys]
-
-
-def _symbols(node: fx.Node, x: Any) -> Iterator[tuple[Any, int]]:
-    value = node.meta.get("val")
-    if isinstance(value, torch.Tensor) and isinstance(x, torch.Tensor):
-        for traced, size in zip(value.shape, x.shape, strict=True):
-            if isinstance(traced, torch.SymInt) and traced.node.expr.is_symbol:
-                yield traced.node.expr, size
-
-
-def _range(program: ExportedProgram, symbol: Any) -> tuple[int, float]:
-    """Return the least and greatest size that the program accepts for ``symbol``."""
-    found = program.range_constraints.get(symbol)
-    if found is None:
-        return 1, math.inf
-    most = math.inf if not found.upper.is_finite or found.upper > 2**31 else int(found.upper)
-    return max(1, int(found.lower)), most
-
-
-def _resized(node: fx.Node, x: Any, sizes: Mapping[Any, int]) -> Any:
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or not isinstance(x, torch.Tensor):
-        return x
-    for axis, traced in enumerate(value.shape):
-        if isinstance(traced, torch.SymInt):
-            size = int(traced.node.expr.subs(sizes))
-            x = x.index_select(axis, torch.arange(size, device=x.device) % x.shape[axis])
-    return x
 
 
 def _one(
