@@ -136,16 +136,15 @@ def _settle_shift(d: Draft) -> None:
 
 def _add_pointwise(d: Draft, mod: RawPointwise) -> None:
     """Append an expression; a mask before it moves behind it where hidden scores stay hidden."""
-    t = tensor_of(d.skeleton.scores.node)
-    assert t is not None, "scores are a tensor"
-    loose = _bounds_nothing(d, mod.term, t.dtype)
-    if loose and (d.mask is None or _rounds_away(d.mask, t.dtype)):
+    dtype = _dtype_of_scores(d)
+    loose = _bounds_nothing(d, mod.term, dtype)
+    if loose and (d.mask is None or _rounds_away(d.mask, dtype)):
         return
     if not loose:
         _settle_shift(d)
     if d.mask is not None and not mod.sides and (d.mask.how == "replace" or math.isinf(d.mask.value)):
         fill = torch.tensor(d.mask.value, dtype=torch.float64)
-        value = rounded(float(evaluate(mod.term, {SCORE: fill})), t.dtype)
+        value = rounded(float(evaluate(mod.term, {SCORE: fill})), dtype)
         if value <= HIDES:
             at = d.mask.at if d.mask.how == "replace" else None
             d.mask = replace(d.mask, value=value, how="replace", at=at)
@@ -159,13 +158,29 @@ def _add_pointwise(d: Draft, mod: RawPointwise) -> None:
 def _bounds_nothing(d: Draft, term: Call | str | float, dtype: torch.dtype) -> bool:
     """Say whether the step bounds scores from below by the least number of their type.
 
-    Every finite score passes. A tensor that was added before may hold -inf, which does not.
+    Every finite score passes; -inf does not.
     """
     match term:
         case Call("maximum", ("s", float(low))):
-            biased = any(isinstance(step, Bias) for step in d.steps)
-            return low <= torch.finfo(dtype).min and not biased and d.shift == 0.0
+            return low <= torch.finfo(dtype).min and not _may_hide(d) and d.shift == 0.0
     return False
+
+
+def _may_hide(d: Draft) -> bool:
+    """Say whether the steps so far may give -inf or huge negative numbers: by a tensor, or by a fill."""
+    return any(
+        isinstance(step, Bias) or (isinstance(step, Pointwise) and _may_give_huge(step.term))
+        for step in d.steps
+    )
+
+
+def _may_give_huge(term: Call | str | float) -> bool:
+    match term:
+        case Call(op, args):
+            return any(map(_may_give_huge, args[1:] if op == "where" else args))
+        case str():
+            return term != SCORE
+    return term <= HIDES
 
 
 def _rounds_away(mask: RawMask, dtype: torch.dtype) -> bool:
@@ -176,14 +191,19 @@ def _rounds_away(mask: RawMask, dtype: torch.dtype) -> bool:
     return mask.how == "add" and math.isfinite(mask.value) and mask.value <= HUGE and dtype != torch.float16
 
 
+def _dtype_of_scores(d: Draft) -> torch.dtype:
+    t = tensor_of(d.skeleton.scores.node)
+    assert t is not None, "scores are a tensor"
+    return t.dtype
+
+
 def _add_scale(d: Draft, mod: Scale) -> None:
-    if d.mask is not None and mod.factor <= 0:
+    dtype = _dtype_of_scores(d)
+    if d.mask is not None and (mod.factor <= 0 or (mod.factor < 1 and _may_overflow(d, d.mask, dtype))):
         _settle(d)
     if d.mask is not None:
-        t = tensor_of(d.skeleton.scores.node)
-        assert t is not None, "scores are a tensor"
         at = d.mask.at if math.isinf(d.mask.value) else None
-        d.mask = replace(d.mask, value=rounded(d.mask.value * mod.factor, t.dtype), at=at)
+        d.mask = replace(d.mask, value=rounded(d.mask.value * mod.factor, dtype), at=at)
     d.shift *= mod.factor
     if d.steps and isinstance(d.steps[-1], Scale):
         mod = Scale(d.steps.pop().factor * mod.factor)  # type: ignore[union-attr]
@@ -191,16 +211,24 @@ def _add_scale(d: Draft, mod: Scale) -> None:
         d.steps.append(mod)
 
 
+def _may_overflow(d: Draft, mask: RawMask, dtype: torch.dtype) -> bool:
+    """Say whether a score plus the finite fill may be -inf, which a factor below 1 does not bring back."""
+    finfo = torch.finfo(dtype)
+    if mask.how != "add" or math.isinf(mask.value) or not _may_hide(d):
+        return False
+    return mask.value <= finfo.min * finfo.eps / 4
+
+
 def _add_bias(d: Draft, at: At, sign: Literal[1, -1]) -> None:
     """Add a tensor; a mask before it moves behind it.
 
     Scores replaced by a huge negative number and then added to are that number plus the tensor, which is what
     adding both to the score gives: the score is lost in rounding either way.  The sum matters to a query that
-    sees no key, where the tensor holds huge negative numbers too.  A tensor that was added before might hold
-    such numbers as well, and they are not lost.
+    sees no key, where the tensor holds huge negative numbers too.  A step before might have given such
+    numbers as well, and they are not lost.
     """
     if d.mask is not None and d.mask.how == "replace" and math.isfinite(d.mask.value):
-        if d.mask.value > HUGE or any(isinstance(step, Bias) for step in d.steps):
+        if d.mask.value > HUGE or _may_hide(d):
             _settle(d)
         else:
             d.mask = replace(d.mask, how="add", at=None)

@@ -15,6 +15,7 @@ from attnc.masks import Grid, Mask
 from attnc.passes.detect import Found
 from attnc.passes.rewrite.apply import Rewriter
 from tests.fuzz.axes import Spelling
+from tests.fuzz.near_misses import NEAR_MISSES
 from tests.fuzz.program import Program, rendered
 from tests.fuzz.text import Sizes
 from tests.rewriting import Forward, Traced, exported
@@ -22,7 +23,7 @@ from tests.rewriting import Forward, Traced, exported
 EPS = torch.finfo(torch.float64).eps
 Run = tuple[Sizes, int, str]
 """Sizes, seed and manner of a draw of inputs."""
-Verdict = Literal["same", "wrong", "raised", "untouched", "unusable"]
+Verdict = Literal["same", "wrong", "raised", "untouched", "untraced", "unusable"]
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class Outcome:
     """What came of a program.
 
     ``verdict`` is same (rewritten, equal), wrong, raised (by the compiler), untouched (nothing to rewrite),
-    or unusable (the program itself does not run). ``found`` counts sites, ``misses`` are codes; ``lifted``
-    says that masks came out in closed form, None where the program has none to give.
+    untraced (what torch traced does not run, with nothing rewritten), or unusable (the program does not run).
+    ``found`` counts sites, ``misses`` are codes; ``lifted`` says that masks came out in closed form, None
+    where the program has none to give.
     """
 
     spelling: Spelling
@@ -65,7 +67,18 @@ def check(x: Spelling) -> Outcome:
     try:
         return _checked(program, t, draws, expected)
     except Exception:
-        return Outcome(x, "raised", why=traceback.format_exc(limit=-6))
+        why = traceback.format_exc(limit=-6)
+        return Outcome(x, "raised" if _runs(trace(program, draws[0]), draws) else "untraced", why=why)
+
+
+def _runs(t: Traced, draws: list[tuple[Tensor, ...]]) -> bool:
+    """Say whether a graph runs as traced (torch may take a stack of strided tensors for contiguous)."""
+    try:
+        for args in draws:
+            t.run(*_copied(args))
+    except Exception:
+        return False
+    return True
 
 
 def runs_of(program: Program) -> list[Run]:
@@ -74,7 +87,8 @@ def runs_of(program: Program) -> list[Run]:
     An exponential without maximum is not asked for more than it can do.
     """
     x = program.spelling
-    hows = ["usual", "hidden"] if x.norm in ("exp_sum", "late", "plus_one") else ["usual", "hidden", "wide"]
+    bare = x.norm in ("exp_sum", "late", "plus_one") or NEAR_MISSES[x.near_miss].bare
+    hows = ["usual", "hidden"] if bare else ["usual", "hidden", "wide"]
     runs: list[Run] = [(program.sizes, x.seed + i, how) for i, how in enumerate(hows)]
     if "symbolic" in x.trace:
         runs += [(z, x.seed, how) for z, how in zip(program.other_sizes(), hows, strict=False)]

@@ -26,6 +26,11 @@ class NearMiss:
     lines: Mapping[Stage, tuple[str, ...]] = field(default_factory=dict)
     needs: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def bare(self) -> bool:
+        """Say whether an exponential is taken of the scores as they are, which overflows for large ones."""
+        return any("w.exp()" in line for lines in self.lines.values() for line in lines)
+
 
 def miss(needs: Mapping[str, str], **lines: str) -> NearMiss:
     """Return a near miss; lines are parted by semicolons."""
