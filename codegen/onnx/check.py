@@ -8,8 +8,9 @@ falls back.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ from attnc import expr as E
 from attnc.codegen.onnx.builder import MICROSOFT, OURS, Builder, onnx_dtype
 from attnc.codegen.onnx.guarded import Functions
 from attnc.codegen.onnx.lower import lower
+from attnc.codegen.onnx.packing import heads_of, packed, sizes_of
 from attnc.codegen.onnx.runtime import Session, failures
 from attnc.codegen.onnx.sites import ABSORBS, Call
 from attnc.codegen.onnx.table import Row
@@ -58,14 +60,15 @@ def check_site(call: Call, row: Row | None, opset: int) -> Checked:
     within ``SLACK`` typical errors there; basic operators, which have no other choice behind them, have not.
     """
     worst = Checked(0.0, 0.0)
+    projects = row is not None and row.projects(call.dtype) and call.is_self
     try:
-        session = Session(site_model(call, row, opset))
-        for b, sq, sk in _sizes(call):
-            for feeds in _feeds(call, b, sq, sk):
-                found = _compare(call, session, feeds, row is not None and call.dtype in HALF)
-                if not found.ok:
-                    return found
-                worst = max(worst, found, key=lambda c: c.error)
+        for session in [Session(site_model(call, row, opset, p)) for p in (False, True)[: 1 + projects]]:
+            for b, sq, sk in _sizes(call):
+                for feeds in _feeds(call, b, sq, sk):
+                    found = _compare(call, session, feeds, row is not None and call.dtype in HALF)
+                    if not found.ok:
+                        return found
+                    worst = max(worst, found, key=lambda c: c.error)
     except failures() as e:
         return Checked(math.inf, 0.0, str(e).splitlines()[0])
     return worst
@@ -104,8 +107,11 @@ def _run(call: Call, feeds: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return call.spec(q, k, v, tuple(captured))[0]
 
 
-def site_model(call: Call, row: Row | None, opset: int) -> ir.Model:
-    """Return a model of the site alone, its inputs named as the spec names them."""
+def site_model(call: Call, row: Row | None, opset: int, projected: bool = False) -> ir.Model:
+    """Return a model of the site alone, its inputs named as the spec names them.
+
+    ``projected``: q, k and v come from one tensor by stored matrices, for operators that take those in.
+    """
     import onnx_ir as ir
 
     b, functions = Builder("site"), Functions()
@@ -114,12 +120,35 @@ def site_model(call: Call, row: Row | None, opset: int) -> ir.Model:
         _operands(call), _shapes(call, "b", "sq", "sq" if call.is_self else "sk"), strict=True
     ):
         inputs.append(ir.Value(name=o.name, type=ir.TensorType(onnx_dtype(o.dtype)), shape=ir.Shape(shape)))
-    written = lower(b, call, row, inputs, {}, functions, opset)
+    matrices: list[ir.Value] = []
+    values = [*_projected(b, call, inputs[:3], matrices), *inputs[3:]] if projected else inputs
+    written = lower(b, call, row, values, {}, functions, opset)
     out = written.out
     out.dtype, out.name = onnx_dtype(call.dtype), "out"
     imports = {"": opset, MICROSOFT: 1, OURS: 1}
-    graph = ir.Graph(inputs, [out], nodes=b.nodes, opset_imports=imports, name="site")
+    graph = ir.Graph(inputs, [out], nodes=b.nodes, initializers=matrices, opset_imports=imports, name="site")
     return ir.Model(graph, ir_version=10, functions=tuple(functions.values()))
+
+
+def _projected(
+    b: Builder, call: Call, qkv: Sequence[ir.Value], matrices: list[ir.Value]
+) -> Iterator[ir.Value]:
+    """Yield q, k and v once more, as products of the three side by side with columns of a unit matrix."""
+    import onnx_ir as ir
+
+    counts, sizes = heads_of(call), sizes_of(call)
+    widths = [n * d for n, d in zip(counts, sizes, strict=True)]
+    columns = torch.split(torch.eye(sum(widths), dtype=call.dtype), widths, 1)
+    whole = b.op("Concat", *map(partial(packed, b), qkv, counts, sizes), axis=2, dtype=call.dtype)
+    for x, n, d, unit in zip(qkv, counts, sizes, columns, strict=True):
+        assert x.shape is not None, "inputs have shapes"
+        stored = ir.tensor(unit.contiguous(), name=f"{x.name}_weight")
+        kind, shape = ir.TensorType(onnx_dtype(call.dtype)), ir.Shape(unit.shape)
+        matrices.append(ir.Value(name=stored.name, shape=shape, type=kind, const_value=stored))
+        rows = [x.shape[0], x.shape[2]]
+        y = b.op("MatMul", whole, matrices[-1], dtype=call.dtype, shape=[*rows, n * d])
+        parted = b.op("Reshape", y, b.ints(0, 0, n, d), dtype=call.dtype, shape=[*rows, n, d])
+        yield b.op("Transpose", parted, perm=[0, 2, 1, 3], dtype=call.dtype, shape=list(x.shape))
 
 
 def _operands(call: Call) -> tuple[Operand, ...]:

@@ -9,238 +9,62 @@ operators do was measured: ``capabilities/*.json``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from attnc.codegen.onnx.builder import MICROSOFT, Builder
-from attnc.codegen.onnx.guarded import Functions, Shared, function_name, hides_nothing, one_of, unless
+from attnc.codegen.onnx.builder import Builder
+from attnc.codegen.onnx.guarded import Functions, Shared, hides_nothing, unless
 from attnc.codegen.onnx.masks import keep
-from attnc.codegen.onnx.packing import heads_of, packed, sizes_of, unpacked, without_rows
+from attnc.codegen.onnx.operators import Fused, Parts, write
 from attnc.codegen.onnx.sinks import head_sink, sink_column
 from attnc.codegen.onnx.sites import ABSORBS, Call, Folded, Split
+from attnc.codegen.onnx.table import Row
 from attnc.ir import Bias
-from attnc.masks import Band, Full, Mask
+from attnc.masks import Full, Mask
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-Written = tuple["ir.Value", dict[str, Any]]
 
 
 def fuse(
     b: Builder,
     call: Call,
-    operator: str,
-    q: ir.Value,
-    k: ir.Value,
-    v: ir.Value,
-    captured: Sequence[ir.Value],
+    row: Row,
+    inputs: Sequence[ir.Value],
     shared: Shared,
     functions: Functions | None,
     opset: int,
-) -> Written:
-    """Write ``call`` as ``operator``; return the output ``[B, H, Sq, Dv]`` and the attributes chosen.
+) -> Fused:
+    """Write ``call`` as the operator of ``row``, on q, k, v and the captured operands.
 
-    The caller has checked the operator's conditions (``table.choose``).
+    The caller has checked the operator's conditions (``table.candidates``).
     """
+    q, k, v, *captured = inputs
     named = {o.name: c for o, c in zip(call.spec.captured, captured, strict=True)}
     folded = call.folded()
-    split = call.split(windows=operator == "GroupQueryAttention", unequal=operator == "Attention")
+    split = call.split(windows=row.operator == "GroupQueryAttention", unequal=row.operator == "Attention")
     assert isinstance(folded, Folded), folded
-    sink = head_sink(b, call, named) if operator == "Attention" else None
+    sink = head_sink(b, call, named) if row.operator == "Attention" else None
     if sink is not None:
         split = Split(None, call.spec.mask)  # a causal attribute would hide the sink's column
     for gain in folded.gains:
         q = b.op("Mul", q, b.cast(named[gain], call.dtype), dtype=call.dtype)
     guard = None
-    if operator == "GroupQueryAttention" and split.guarded is not None and functions is not None:
+    if row.operator == "GroupQueryAttention" and split.guarded is not None and functions is not None:
         guard = hides_nothing(b, split.guarded[1], q, k, named, shared)
     bias = _bias(b, call, folded, split.rest, q, k, named, shared, guard)
     if sink is not None:
         k, v, bias = sink_column(b, call, sink, q, k, v, bias)
-    if guard is None:
-        out, attributes = _WRITERS[operator](b, call, folded, split, (q, k, v), bias, named)
-    else:
-        qkv = (q, k, v)
-        out, attributes = _guarded(b, call, folded, split, qkv, bias, named, guard, functions, opset)
-    if operator != "Attention" and _needs_zeros(call, folded):
+    parts = Parts(call, row, folded, split, q, k, v, named, bias, guard)
+    done = write(b, parts, functions, opset)
+    if row.operator != "Attention" and _needs_zeros(call, folded):
         seen = _seen(b, call, split, bias, keep(b, call.spec.mask, q, k, named) if split.band else None)
-        out = b.op("Where", seen, out, b.const(0.0, call.dtype), dtype=call.dtype)
-    return out, attributes
-
-
-def _multi_head(
-    b: Builder,
-    call: Call,
-    folded: Folded,
-    split: Split,
-    qkv: tuple[ir.Value, ir.Value, ir.Value],
-    bias: ir.Value | None,
-    named: Mapping[str, ir.Value],
-) -> Written:
-    attributes: dict[str, Any] = {"num_heads": call.heads[0], "scale": folded.scale}
-    if split.band is not None:
-        attributes["unidirectional"] = 1
-    ins = [packed(b, x, n, d) for x, n, d in zip(qkv, heads_of(call), sizes_of(call), strict=True)]
-    ins, rows = without_rows(b, call, ins)
-    tail = [rows, None, bias]
-    while tail and tail[-1] is None:
-        tail.pop()
-    shape = _packed_shape(call, qkv[0])
-    out = b.op(
-        "MultiHeadAttention", *ins, *tail, domain=MICROSOFT, dtype=call.dtype, shape=shape, **attributes
-    )
-    return unpacked(b, out, call), attributes
-
-
-def _group_query(
-    b: Builder,
-    call: Call,
-    folded: Folded,
-    split: Split,
-    qkv: tuple[ir.Value, ir.Value, ir.Value],
-    bias: ir.Value | None,
-    named: Mapping[str, ir.Value],
-) -> Written:
-    attributes = _group_attributes(call, folded, split.band)
-    ins = _group_inputs(b, call, qkv, bias, named)
-    while ins[-1] is None:
-        ins.pop()
-    out = b.op(
-        "GroupQueryAttention",
-        *ins,
-        domain=MICROSOFT,
-        outputs=3,
-        dtype=call.dtype,
-        shape=_packed_shape(call, qkv[0]),
-        **attributes,
-    )
-    return unpacked(b, out, call), attributes
-
-
-_BIAS = 10
-"""Which input of GroupQueryAttention the bias is."""
-
-
-def _group_attributes(call: Call, folded: Folded, band: Band | None) -> dict[str, Any]:
-    h, hkv, _, _ = call.numbers
-    out: dict[str, Any] = {
-        "num_heads": h,
-        "kv_num_heads": hkv,
-        "scale": folded.scale,
-        "causal": int(band is not None),
-    }
-    if folded.softcap:
-        out["softcap"] = folded.softcap
-    if band is not None and band.left is not None:
-        out["local_window_size"] = band.left + 1
-    return out
-
-
-def _group_inputs(
-    b: Builder,
-    call: Call,
-    qkv: tuple[ir.Value, ir.Value, ir.Value],
-    bias: ir.Value | None,
-    named: Mapping[str, ir.Value],
-) -> list[ir.Value | None]:
-    """Write the twelve inputs of GroupQueryAttention, the head sinks last."""
-    q, k, v = (packed(b, x, n, d) for x, n, d in zip(qkv, heads_of(call), sizes_of(call), strict=True))
-    length = b.cast(b.size(qkv[1], 2), torch.int32)
-    last = b.op("Sub", length, b.const([1], torch.int32), dtype=torch.int32)
-    seqlens = b.op("Expand", last, b.size(qkv[0], 0), dtype=torch.int32)
-    return [
-        q,
-        k,
-        v,
-        None,
-        None,
-        seqlens,
-        b.scalar(length),
-        None,
-        None,
-        None,
-        bias,
-        head_sink(b, call, named),
-    ]
-
-
-def _guarded(
-    b: Builder,
-    call: Call,
-    folded: Folded,
-    split: Split,
-    qkv: tuple[ir.Value, ir.Value, ir.Value],
-    bias: ir.Value | None,
-    named: Mapping[str, ir.Value],
-    guard: ir.Value,
-    functions: Functions | None,
-    opset: int,
-) -> Written:
-    """Write causal attention without a bias where ``guard`` holds, else with the whole mask as a bias."""
-    assert split.guarded is not None, "the caller has a guard"
-    assert functions is not None, "the caller takes functions"
-    fast, slow = (_group_attributes(call, folded, band) for band in (split.guarded[0], None))
-    name = function_name(call, f"GroupQueryAttention {sorted(fast.items())}")
-    out = one_of(
-        b,
-        name,
-        "GroupQueryAttention",
-        guard,
-        _group_inputs(b, call, qkv, bias, named),
-        (((_BIAS,), fast), ((), slow)),
-        functions,
-        opset,
-        outputs=3,
-        dtype=call.dtype,
-        shape=_packed_shape(call, qkv[0]),
-    )
-    return unpacked(b, out, call), fast | {"causal": "where the mask hides nothing", "function": name}
-
-
-def _attention(
-    b: Builder,
-    call: Call,
-    folded: Folded,
-    split: Split,
-    qkv: tuple[ir.Value, ir.Value, ir.Value],
-    bias: ir.Value | None,
-    named: Mapping[str, ir.Value],
-) -> Written:
-    attributes: dict[str, Any] = {"scale": folded.scale}
-    if split.band is not None:
-        attributes["is_causal"] = 1
-    if folded.softcap:
-        attributes["softcap"] = folded.softcap
-    tail = () if bias is None else (bias,)
-    return b.op("Attention", *qkv, *tail, dtype=call.dtype, **attributes), attributes
-
-
-_Writer = Callable[
-    [
-        Builder,
-        Call,
-        Folded,
-        Split,
-        "tuple[ir.Value, ir.Value, ir.Value]",
-        "ir.Value | None",
-        "Mapping[str, ir.Value]",
-    ],
-    Written,
-]
-_WRITERS: Mapping[str, _Writer] = {
-    "MultiHeadAttention": _multi_head,
-    "GroupQueryAttention": _group_query,
-    "Attention": _attention,
-}
-
-
-def _packed_shape(call: Call, q: ir.Value) -> list[Any] | None:
-    """Return ``[B, Sq, H * Dv]`` with the sizes of q where they are known."""
-    h, _, _, dv = call.numbers
-    return None if q.shape is None else [q.shape[0], q.shape[2], h * dv]
+        out = b.op("Where", seen, done.out, b.const(0.0, call.dtype), dtype=call.dtype)
+        done = replace(done, out=out)
+    return done
 
 
 def bias_fill(call: Call) -> float:

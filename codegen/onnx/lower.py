@@ -38,11 +38,11 @@ def lower(
     opset: int,
 ) -> Written:
     """Write ``call`` on ``inputs`` (q, k, v, captured); ``functions`` takes new ones, None means in line."""
-    q, k, v, *captured = inputs
     if row is not None:
-        out, attributes = fuse(b, call, row.operator, q, k, v, captured, shared, functions, opset)
-        return Written(out, None, row.operator, row.domain or "ai.onnx", attributes)
+        done = fuse(b, call, row, inputs, shared, functions, opset)
+        return Written(done.out, None, done.operator, row.domain or "ai.onnx", done.attributes)
     if functions is None:
+        q, k, v, *captured = inputs
         out, lse = decompose(b, call.spec, q, k, v, captured, lse=call.lse_used)
         return Written(out, lse, "basic operators", "ai.onnx", {})
     name = function_name(call, f"lse={call.lse_used}")

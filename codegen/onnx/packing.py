@@ -98,3 +98,24 @@ def _stored_row(x: ir.Value) -> tuple[ir.Value, ir.Value] | None:
         if multiplies and len(row.shape) == 1 and row.shape[0] == x.shape[-1] and row.dtype == x.dtype:
             return y, row
     return None
+
+
+def projections(packed_: list[ir.Value]) -> tuple[ir.Value, list[ir.Value]] | None:
+    """Return x and three stored matrices if q, k and v, each ``[B, S, H * D]``, are x times one of them."""
+    products = [_product(x) for x in packed_]
+    sources = {id(p[0]) for p in products if p is not None}
+    if None in products or len(sources) != 1:
+        return None
+    found = [p for p in products if p is not None]
+    return found[0][0], [weights for _, weights in found]
+
+
+def _product(x: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    """Return y and the stored matrix w if ``x`` is y w."""
+    node = x.producer()
+    if node is None or node.domain != "" or node.op_type != "MatMul":
+        return None
+    y, w = node.inputs
+    if y is None or w is None or w.const_value is None or w.shape is None or w.dtype != x.dtype:
+        return None
+    return (y, w) if len(w.shape) == 2 else None

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
 
+import torch
+
 from attnc.codegen.onnx.sites import HIDES, Call, Folded, Split
 from attnc.errors import CodegenError
 from attnc.masks import Full
@@ -49,7 +51,9 @@ Condition = Callable[[Call], str | None]
 class Row:
     """One operator that a runtime has, when it may be used, and what it costs.
 
-    ``measured`` False: it comes from what the runtime publishes, and was not run.
+    ``projecting`` is the operator, for float32, that does the same on one input and also multiplies it with
+    the stored weights of the projections to q, k and v.  ``measured`` False: it comes from what the runtime
+    publishes, and was not run.
     """
 
     operator: str
@@ -60,11 +64,16 @@ class Row:
     conditions: tuple[str, ...]
     cost: Mapping[str, float] = field(default_factory=dict, hash=False)
     measured: bool = True
+    projecting: str = ""
 
     @property
     def name(self) -> str:
         """The operator with its domain."""
         return f"{self.domain or 'ai.onnx'}.{self.operator}"
+
+    def projects(self, dtype: torch.dtype) -> bool:
+        """Say whether there is such an operator for the element type."""
+        return bool(self.projecting) and dtype == torch.float32
 
     def refuses(self, call: Call) -> str | None:
         """Return why the row does not fit the site, None if it does."""
@@ -153,6 +162,8 @@ def candidates(call: Call, table: Table) -> list[Choice]:
     for row in fits:
         out.append(Choice(row, "; ".join(said) if said else _praise(row, call)))
         said.append(f"{row.name}: tried before")
+        if row.projecting:
+            out.append(Choice(replace(row, projecting=""), "; ".join(said)))
     return [*out, Choice(None, "; ".join(said) if said else "the target has basic operators alone")]
 
 
@@ -215,6 +226,7 @@ def _read(name: str, note: str = "") -> Table:
             tuple(r["conditions"]),
             r.get("cost", {}),
             r.get("measured", True),
+            r.get("projecting", ""),
         )
         for r in data["rows"]
     )
