@@ -229,7 +229,10 @@ def assign(
     query = _query(s, [a for a in alone if a not in grouped], key)
     group = tuple(a for a in alone if a not in query)
     one_batch = (len(axes) > 2 and not axes[0]) or s.sink is not None
-    head = tuple(shared[-1:]) if len(shared) > 1 or (shared and (group or one_batch)) else ()
+    # A batch whose query heads all share the one head of keys (multi-query attention, arXiv:1911.02150).
+    multi_query = bool(group) and len(axes) > 2 and axes[0] == tuple(shared) and s.sink is None
+    lone = (one_batch or bool(group)) and not multi_query
+    head = tuple(shared[-1:]) if len(shared) > 1 or lone else ()
     return Roles(tuple(a for a in shared if a not in head), head, group, query, key, feature, value)
 
 

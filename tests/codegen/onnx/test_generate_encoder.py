@@ -109,3 +109,17 @@ def test_greedy_tokens_are_those_of_the_model(exported: tuple[Any, Path, list[An
     assert past["past_key_values.0.encoder.key"].shape[2] == states.shape[1]
     assert past["past_key_values.0.decoder.key"].shape[2] == TOKENS
     assert [s.operator for s in became] == ["MultiHeadAttention"] * 4
+
+
+def test_command_line_exports_an_encoder_decoder_with_its_past(tmp_path: Path) -> None:
+    from attnc import cli
+
+    torch.manual_seed(0)
+    config = transformers.BartConfig(**SHAPES["Bart"], **LOUD)
+    transformers.BartForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    path = tmp_path / "m.onnx"
+    assert cli.main(["export", str(tmp_path / "model"), "-o", str(path), "--with-past"]) == 0
+    session = Session(path)
+    given = {"decoder_input_ids", "encoder_hidden_states", "past_key_values.0.encoder.key"}
+    assert given <= set(session.inputs)
+    assert "present.1.decoder.value" in session.outputs

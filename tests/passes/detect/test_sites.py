@@ -205,6 +205,14 @@ def test_grouped_keys_are_read_before_they_are_copied():
     assert found[0].match.spec.k.shape == (DISTINCT.b, DISTINCT.h, DISTINCT.t, DISTINCT.d)
 
 
+@pytest.mark.parametrize("name", ["one_key_head_for_all", "one_key_head_by_einsum"])
+def test_one_head_of_keys_for_all_leaves_the_batch_a_batch(name):
+    case = CASES[name]
+    spec = only_spec(traced(case.f, make_inputs(case)))
+    assert spec.q.shape[:2] == (DISTINCT.b, DISTINCT.h)
+    assert spec.k.shape == (DISTINCT.b, 1, DISTINCT.t, DISTINCT.d)
+
+
 def test_a_product_with_a_weight_is_no_scores_contraction():
     class Pool(nn.Module):
         def __init__(self) -> None:
