@@ -32,8 +32,8 @@ import transformers
 from machine import about
 
 from attnc import parse_forms, polynomial
-from attnc.capture import capture_export
-from attnc.capture_types import Captured
+from attnc.capture.types import Captured
+from attnc.capture.whole import capture_export
 from attnc.pipeline import Options, run
 
 LIMIT_MS, LIMIT_EXPONENT = 0.5, 1.15

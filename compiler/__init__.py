@@ -23,7 +23,7 @@ from attnc.passes.rewrite.forms import parse_forms
 from attnc.passes.rewrite.fuse.fused import Fused
 from attnc.passes.rewrite.quant.w8a8 import W8A8
 from attnc.passes.rewrite.sparse.sliding_window import SlidingWindow
-from attnc.report import Report
+from attnc.report.report import Report
 
 __all__ = [
     "W8A8",

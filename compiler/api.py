@@ -13,11 +13,11 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from attnc import __version__, logs
-from attnc.capture import capture_export, capture_exported, make_backend
-from attnc.capture_names import Watch
-from attnc.capture_pieces import Coverage, put_below
-from attnc.capture_trial import ForwardError
-from attnc.capture_types import Captured
+from attnc.capture.names import Watch
+from attnc.capture.pieces import Coverage, put_below
+from attnc.capture.trial import ForwardError
+from attnc.capture.types import Captured
+from attnc.capture.whole import capture_export, capture_exported, make_backend
 from attnc.errors import CaptureError, RewriteError, UnknownSiteError
 from attnc.ir import Miss
 from attnc.ledger import Ledger
@@ -28,7 +28,7 @@ from attnc.past_cache import is_opened
 from attnc.pipeline import Options, Outcome, run
 from attnc.programs import placeholder_values
 from attnc.records import INTERNAL, leave, said
-from attnc.report import Report
+from attnc.report.report import Report
 from attnc.result import clone_module, make_result
 from attnc.result_ladder import Doors
 from attnc.result_lazy import InstanceForward
@@ -439,7 +439,7 @@ class _Work:
             self.state.report.warnings.append("w8a8: no linear layer around an attention site was found")
 
     def _check_model(self, model: nn.Module, fast: nn.Module) -> None:
-        from attnc.verify import check_model
+        from attnc.verify.sites import check_model
 
         self._tell("check")
         bounded = bool(self.state.quantized) or any(

@@ -36,7 +36,7 @@ from attnc.opening import (
     transformers_class,
 )
 from attnc.program_file import LoadedProgram, load_program, save_program, signature_of
-from attnc.report import Report, SiteRecord
+from attnc.report.report import Report, SiteRecord
 from attnc.tensor_files import INDEX, SHARD_BYTES, read_checkpoint, stream_tensors, write_tensors
 
 __all__ = ["Opened", "load", "open_model", "save", "verify_files"]

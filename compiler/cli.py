@@ -69,7 +69,7 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Say what a code of a report means and what would make the site a match."""
-    from attnc.codes import codes, named
+    from attnc.codes.known import codes, named
 
     screen = Screen(as_json)
     rows = list(codes().values()) if code is None else [named(code)]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from attnc.errors import RewriteError
-from attnc.report import Report
+from attnc.report.report import Report
 
 DEFAULT = "ort-cpu"
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from attnc.report import WIDTH, Report, SiteRecord, clip, error_text, gain_text, jsonable, way
-from attnc.report_text import Block, blocks, notes
+from attnc.report.report import WIDTH, Report, SiteRecord, clip, error_text, gain_text, jsonable, way
+from attnc.report.text import Block, blocks, notes
 
 if TYPE_CHECKING:
     from rich.console import Console

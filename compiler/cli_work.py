@@ -20,7 +20,7 @@ from attnc.errors import CheckpointError, RewriteError, VerifyError
 from attnc.examples import Sizes
 from attnc.files import check_apart, check_free
 from attnc.manifest import MANIFEST, Manifest, read_manifest
-from attnc.report import Report
+from attnc.report.report import Report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

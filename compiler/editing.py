@@ -15,8 +15,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from attnc import expr as E
-from attnc.capture_alias import _storage_groups as storage_groups
-from attnc.capture_alias import writes
+from attnc.capture.alias import _storage_groups as storage_groups
+from attnc.capture.alias import writes
 from attnc.errors import RewriteError
 from attnc.expr import Expr
 from attnc.sizes import dim

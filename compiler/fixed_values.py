@@ -18,7 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from attnc.capture_trial import unchanged
+from attnc.capture.trial import unchanged
 from attnc.forwards import bound_arguments, with_forward
 
 MOST_VALUES = 64

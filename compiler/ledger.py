@@ -6,11 +6,11 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from attnc.capture_names import moved
-from attnc.capture_pieces import Coverage
-from attnc.capture_types import Captured
+from attnc.capture.names import moved
+from attnc.capture.pieces import Coverage
+from attnc.capture.types import Captured
 from attnc.pipeline import Outcome
-from attnc.report import Report, SiteRecord
+from attnc.report.report import Report, SiteRecord
 
 
 class Ledger:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from attnc.errors import CheckpointError
 from attnc.files import sha256
-from attnc.report import Report, SiteRecord, jsonable
+from attnc.report.report import Report, SiteRecord, jsonable
 
 MANIFEST = "attnc.json"
 FORMAT = 1

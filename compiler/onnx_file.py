@@ -38,7 +38,7 @@ from attnc.passes.detect import detect
 from attnc.passes.rewrite.apply import Rewriter
 from attnc.programs import copy_graph
 from attnc.records import INTERNAL, Job, missed_record, other_records, site_record
-from attnc.report import Report, SiteRecord, Stage
+from attnc.report.report import Report, SiteRecord, Stage
 
 if TYPE_CHECKING:
     import onnx_ir as ir

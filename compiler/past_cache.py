@@ -10,7 +10,7 @@ from torch import nn
 
 from attnc.errors import CaptureError
 from attnc.forwards import with_forward
-from attnc.verify_model import check_model
+from attnc.verify.model import check_model
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache

@@ -20,8 +20,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from attnc import logs
-from attnc import verify as checks
-from attnc.capture_types import Captured
+from attnc.capture.types import Captured
 from attnc.codegen import ops as _ops  # noqa: F401  (registers attnc::attend)
 from attnc.codegen.lower import lower
 from attnc.codegen.select import select
@@ -36,7 +35,8 @@ from attnc.passes.rewrite.quant.projections import projections
 from attnc.passes.rewrite.quant.w8a8 import W8A8
 from attnc.programs import copy_graph, copy_program, fix_outputs
 from attnc.records import INTERNAL, Job, draw, missed_record, other_records, reason_of, site_record
-from attnc.report import SiteRecord, Stage
+from attnc.report.report import SiteRecord, Stage
+from attnc.verify import sites as checks
 
 log = logs.get("rewrite")
 Progress = Callable[[str, float], None]

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from attnc.capture_alias import bypass, hidden_writes, writes
+from attnc.capture.alias import bypass, hidden_writes, writes
 from attnc.errors import CaptureError
 
 

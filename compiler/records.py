@@ -13,8 +13,7 @@ from typing import Any
 from torch import fx
 
 from attnc import logs
-from attnc import verify as checks
-from attnc.codes import advice
+from attnc.codes.known import advice
 from attnc.cost import Cost
 from attnc.ir import AttentionSpec, Miss, Plan
 from attnc.passes.analyze.region_view import view_of_miss, view_of_rewrite, view_of_site
@@ -22,7 +21,8 @@ from attnc.passes.analyze.source import blocking_op, blocking_source
 from attnc.passes.detect import Found
 from attnc.passes.detect.found import Term
 from attnc.passes.detect.graph import module_path, source_line
-from attnc.report import SiteRecord
+from attnc.report.report import SiteRecord
+from attnc.verify import sites as checks
 
 log = logs.get("rewrite")
 INTERNAL = "internal-error"

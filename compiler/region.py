@@ -22,7 +22,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from attnc.capture_alias import last_writes, op_name, writes
+from attnc.capture.alias import last_writes, op_name, writes
 from attnc.rounding import FILL, Rounding
 
 _FILL_FACTOR = 2.0**300

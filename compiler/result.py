@@ -25,9 +25,9 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from attnc import logs
-from attnc.capture_key import HOOKS, Tree, being_traced, harmless, kind, opaque
-from attnc.capture_program import Program
-from attnc.capture_trial import ForwardError
+from attnc.capture.key import HOOKS, Tree, being_traced, harmless, kind, opaque
+from attnc.capture.program import Program
+from attnc.capture.trial import ForwardError
 from attnc.errors import CaptureError
 from attnc.result_ladder import Doors, Ladder
 from attnc.result_lazy import InstanceForward, LazyForward

@@ -17,8 +17,8 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from attnc import logs
-from attnc.capture_names import Watch
-from attnc.capture_pieces import Coverage, capture_pieces, first_calls
+from attnc.capture.names import Watch
+from attnc.capture.pieces import Coverage, capture_pieces, first_calls
 from attnc.result_lazy import LazyForward
 
 log = logs.get("capture")

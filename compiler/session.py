@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from attnc.errors import RewriteError
 from attnc.passes.rewrite.forms import Forms
 from attnc.pipeline import Outcome, portable
-from attnc.report import Report
+from attnc.report.report import Report
 from attnc.result_lazy import InstanceForward
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from attnc.capture_links import link_moments, link_nodes
+from attnc.capture.links import link_moments, link_nodes
 from attnc.codegen import ops as _ops  # noqa: F401  (registers attnc::attend)
 from attnc.ir import AttentionSpec, Miss
 from attnc.passes.detect import Found, detect

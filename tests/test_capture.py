@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from attnc.capture import (
+from attnc.capture.whole import (
     Captured,
     capture_export,
     capture_exported,

@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import attnc
 from attnc.api import session
-from attnc.capture import capture_export
-from attnc.capture_bodies import higher_order_calls, may_attend
+from attnc.capture.bodies import higher_order_calls, may_attend
+from attnc.capture.whole import capture_export
 
 # Dynamo and export warn about their own internals; no test here is about those.
 pytestmark = pytest.mark.filterwarnings(

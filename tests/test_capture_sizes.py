@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import attnc
-from attnc.capture import Captured, capture_export
+from attnc.capture.whole import Captured, capture_export
 from attnc.session import session
 
 

@@ -22,7 +22,7 @@ from attnc.errors import CheckpointError
 from attnc.manifest import Manifest, read_manifest
 from attnc.passes.rewrite.forms import parse_forms
 from attnc.passes.rewrite.sparse.sliding_window import SlidingWindow
-from attnc.report import Report, SiteRecord
+from attnc.report.report import Report, SiteRecord
 from attnc.tensor_files import read_checkpoint, stream_tensors
 
 transformers = pytest.importorskip("transformers")

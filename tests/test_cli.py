@@ -23,7 +23,7 @@ from attnc.errors import CaptureError, VerifyError
 from attnc.ir import Kernel
 from attnc.opening import Opened
 from attnc.passes.rewrite.forms import parse_forms
-from attnc.report import Report, SiteRecord
+from attnc.report.report import Report, SiteRecord
 
 transformers = pytest.importorskip("transformers")
 

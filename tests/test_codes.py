@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from attnc.codes import UNKNOWN, advice, codes, named
+from attnc.codes.known import UNKNOWN, advice, codes, named
 from attnc.errors import ReportError
 
 ROOT = Path(__file__).parents[1]

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import attnc
 from attnc import parse_forms, polynomial
-from attnc import verify as checks
-from attnc.capture import capture_export
-from attnc.capture_types import Captured
+from attnc.capture.types import Captured
+from attnc.capture.whole import capture_export
 from attnc.passes.rewrite.apply import Rewriter
 from attnc.pipeline import Options, run
+from attnc.verify import sites as checks
 
 WIDTH, HEADS = 16, 2
 DEPTHS = (4, 8, 12)

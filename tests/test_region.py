@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attnc.capture_alias import op_name
+from attnc.capture.alias import op_name
 from attnc.region import Dataflow, Region, widen
 from attnc.rounding import FILL, Rounding
-from attnc.verify_record import record
+from attnc.verify.record import record
 
 AUTO = torch.export.Dim.AUTO
 

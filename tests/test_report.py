@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from attnc.report import Report, SiteRecord, Stage, clip, jsonable, summarize
+from attnc.report.report import Report, SiteRecord, Stage, clip, jsonable, summarize
 
 SPEC = (
     "attn q=bhqd[2,12,s77,32]:float32 k=bhkd[2,12,s77,32]:float32 v=bhke[2,12,s77,32]:float32 group=1 "

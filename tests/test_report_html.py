@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import attnc
-from attnc.report import Report, SiteRecord
-from attnc.report_graph import HEIGHT, WIDTH, layout
-from attnc.report_html import page
+from attnc.report.graph import HEIGHT, WIDTH, layout
+from attnc.report.html import page
+from attnc.report.report import Report, SiteRecord
 from tests.test_report import report
 
 VOID = {"meta", "rect", "path", "br", "link", "img"}

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import attnc
-from attnc.codes import codes
-from attnc.report import Report, SiteRecord
-from attnc.report_text import blocks, names, notes, operands_text, validity
+from attnc.codes.known import codes
+from attnc.report.report import Report, SiteRecord
+from attnc.report.text import blocks, names, notes, operands_text, validity
 
 
 def site(module: str, status: str = "rewritten", **kw) -> SiteRecord:

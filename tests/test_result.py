@@ -16,7 +16,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 import attnc.result
-from attnc.capture import capture_export, make_backend
+from attnc.capture.whole import capture_export, make_backend
 from attnc.errors import AttncError, CaptureError
 from attnc.result import clone_module, make_result
 from attnc.result_ladder import Doors

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnc.capture_alias import op_name
+from attnc.capture.alias import op_name
 from attnc.errors import VerifyError
-from attnc.verify import SiteToCheck, check_model, check_sites, cropped_inputs, record
-from attnc.verify_model import LARGEST_ORACLE
+from attnc.verify.model import LARGEST_ORACLE
+from attnc.verify.sites import SiteToCheck, check_model, check_sites, cropped_inputs, record
 
 AUTO = torch.export.Dim.AUTO
 MIN = torch.finfo(torch.float32).min

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from attnc.capture import capture_export
+from attnc.capture.whole import capture_export
 from attnc.passes.analyze.operands import Namer
 from attnc.passes.detect import detect
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attnc.capture import capture_export
+from attnc.capture.whole import capture_export
 from attnc.passes.analyze.operands import Namer
 from attnc.passes.detect import detect
 from tests.corpus import CASES, make_inputs

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from attnc.capture_types import Captured
+from attnc.capture.types import Captured
 
 _ROOT = re.compile(r"^[LG]\['\w+'\]")
 _PART = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")

@@ -2,7 +2,7 @@
 
 Ahead of time, ``graph`` is the exported program's own graph: before autograd, with ``linear``, ``layer_norm``
 and ``softmax`` whole, almost functional.  ``work`` is the same program with an empty decomposition table,
-which makes it functional, and links lead back.  The Dynamo door is in ``capture_dynamo``.
+which makes it functional, and links lead back.  The Dynamo door is in ``capture.dynamo``.
 """
 
 from __future__ import annotations
@@ -19,21 +19,20 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from attnc import logs
-from attnc.capture_alias import op_name
-from attnc.capture_bodies import branches, inline_bodies
-from attnc.capture_dynamo import backend, make_backend
-from attnc.capture_links import link_moments, link_nodes
-from attnc.capture_plain import is_costly, plain_copy
-from attnc.capture_program import OWN_BACKWARD
-from attnc.capture_sizes import Slides, free_shapes
-from attnc.capture_trial import describe, noted_functions, trial, unchanged
-from attnc.capture_types import Captured, Door
+from attnc.capture.alias import op_name
+from attnc.capture.bodies import branches, inline_bodies
+from attnc.capture.dynamo import make_backend
+from attnc.capture.links import link_moments, link_nodes
+from attnc.capture.plain import is_costly, plain_copy
+from attnc.capture.program import OWN_BACKWARD
+from attnc.capture.sizes import Slides, free_shapes
+from attnc.capture.trial import describe, noted_functions, trial, unchanged
+from attnc.capture.types import Captured, Door
 from attnc.errors import CaptureError
 from attnc.programs import copy_program, quiet, safe_to_functionalize
 
 __all__ = [
     "Captured",
-    "backend",
     "capture_export",
     "capture_exported",
     "capture_graph_module",

@@ -19,8 +19,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from attnc.capture_alias import writes
-from attnc.capture_functional import ENTER, EXIT, Declined, is_switch
+from attnc.capture.alias import writes
+from attnc.capture.functional import ENTER, EXIT, Declined, is_switch
 
 aten = torch.ops.aten
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import fx
 
-from attnc.capture_alias import flat, last_writes, op_name, writes
+from attnc.capture.alias import flat, last_writes, op_name, writes
 
 
 def link_nodes(

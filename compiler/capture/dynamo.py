@@ -18,11 +18,11 @@ import torch
 from torch import fx
 
 from attnc import logs
-from attnc.capture_autocast import write_casts
-from attnc.capture_bodies import branches
-from attnc.capture_functional import Declined, functional, switches_autocast
-from attnc.capture_names import Watch, qualified, source_name
-from attnc.capture_types import Captured
+from attnc.capture.autocast import write_casts
+from attnc.capture.bodies import branches
+from attnc.capture.functional import Declined, functional, switches_autocast
+from attnc.capture.names import Watch, qualified, source_name
+from attnc.capture.types import Captured
 from attnc.errors import CaptureError
 
 log = logs.get("capture")

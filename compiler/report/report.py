@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from attnc.report_text import notes
+from attnc.report.text import notes
 
 Status = Literal["rewritten", "kept", "missed"]
 
@@ -143,7 +143,7 @@ class Report:
             CheckpointError: the file cannot be written.
         """
         from attnc.files import write_bytes
-        from attnc.report_html import page
+        from attnc.report.html import page
 
         write_bytes(Path(path), page(self).encode(), force=True)
 

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from attnc.capture_trial import unchanged
-from attnc.verify_record import own_randomness
-from attnc.verify_rule import line
+from attnc.capture.trial import unchanged
+from attnc.verify.record import own_randomness
+from attnc.verify.rule import line
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]

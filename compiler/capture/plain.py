@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from attnc.capture_alias import op_name, writes
+from attnc.capture.alias import op_name, writes
 from attnc.programs import copy_graph
 
 _KNOWN_VIEW_NAMES = """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attnc.codes_rows import Code
+from attnc.codes.rows import Code
 
 STEPS = (
     Code(

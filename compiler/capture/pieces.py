@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from attnc.capture_trial import copied, unchanged
-from attnc.capture_types import Captured
+from attnc.capture.trial import copied, unchanged
+from attnc.capture.types import Captured
 
 Capture = Callable[[str, tuple[Any, ...], dict[str, Any]], str]
 """Capture one submodule on the inputs of its first call: '' if that went well, else why not."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from attnc.report import Report, SiteRecord
+    from attnc.report.report import Report, SiteRecord
 
 NAMES = 3
 """How many different names of sites are spelled out before the rest is only counted."""

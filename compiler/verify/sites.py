@@ -29,8 +29,8 @@ from torch import fx
 
 from attnc import logs
 from attnc.region import Dataflow, Region
-from attnc.verify_model import check_model, cropped_inputs
-from attnc.verify_record import (
+from attnc.verify.model import check_model, cropped_inputs
+from attnc.verify.record import (
     Values,
     fill_random,
     is_known,
@@ -39,7 +39,7 @@ from attnc.verify_record import (
     record_values,
     traced_tensor,
 )
-from attnc.verify_rule import Trial, Verdict
+from attnc.verify.rule import Trial, Verdict
 
 __all__ = ["Check", "SiteToCheck", "check_model", "check_sites", "cropped_inputs", "record"]
 

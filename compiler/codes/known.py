@@ -10,10 +10,10 @@ from __future__ import annotations
 from difflib import get_close_matches
 from functools import lru_cache
 
-from attnc.codes_choice import CHOICE
-from attnc.codes_detect import DETECT
-from attnc.codes_rows import Code
-from attnc.codes_scores import SCORES
+from attnc.codes.choice import CHOICE
+from attnc.codes.detect import DETECT
+from attnc.codes.rows import Code
+from attnc.codes.scores import SCORES
 from attnc.errors import ReportError
 
 __all__ = ["Code", "advice", "codes", "named"]

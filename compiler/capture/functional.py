@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnc.capture_alias import bypass, hidden_writes
+from attnc.capture.alias import bypass, hidden_writes
 
 aten = torch.ops.aten
 ENTER, EXIT = "_enter_autocast", "_exit_autocast"

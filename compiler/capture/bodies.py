@@ -6,7 +6,7 @@ into the outer graph, where masks can be derived and sites rewritten:
 - without gradients, always (a rotary table, say): the body reads detached inputs, so nothing in it is
   recorded for a backward pass and nothing that leaves it requires gradients, as under ``torch.no_grad``;
 - autocast, where the body may hold attention: every cast that autocast makes is written down
-  (``capture_autocast``).  That is right only where the call itself runs without autocast, which is what a
+  (``capture.autocast``).  That is right only where the call itself runs without autocast, which is what a
   program's key asks for.
 
 Branches of ``torch.cond`` stay bodies, since only one of them runs; each is a small captured graph of its
@@ -23,10 +23,10 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from attnc.capture_alias import flat, op_name
-from attnc.capture_autocast import write_casts
-from attnc.capture_functional import Declined, functional
-from attnc.capture_types import Captured
+from attnc.capture.alias import flat, op_name
+from attnc.capture.autocast import write_casts
+from attnc.capture.functional import Declined, functional
+from attnc.capture.types import Captured
 from attnc.programs import copy_program, fix_outputs
 
 aten = torch.ops.aten

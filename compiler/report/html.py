@@ -15,9 +15,9 @@ from typing import Any
 
 from attnc.ir import AttentionSpec
 from attnc.printer import parse
-from attnc.report import Report, SiteRecord, error_text, gain_text, way
-from attnc.report_graph import drawing, legend
-from attnc.report_text import grouped, names, operands_text, validity
+from attnc.report.graph import drawing, legend
+from attnc.report.report import Report, SiteRecord, error_text, gain_text, way
+from attnc.report.text import grouped, names, operands_text, validity
 
 STYLE = """
 body{font:14px/1.4 system-ui,sans-serif;margin:2em;color:#222} table{border-collapse:collapse}

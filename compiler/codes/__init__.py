@@ -1,0 +1,1 @@
+"""The stable codes of reports: what each says, and what to do about it."""

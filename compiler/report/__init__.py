@@ -1,0 +1,1 @@
+"""What a rewrite did, as records, text and pages."""

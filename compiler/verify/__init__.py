@@ -1,0 +1,1 @@
+"""Compare rewritten sites and whole models with the originals."""
