@@ -182,6 +182,7 @@ def export_onnx(
     """
     from attnc.codegen.onnx.export import export
     from attnc.codegen.onnx.lengths import check_free
+    from attnc.passes.normalize.projections import separate_projections
 
     if cache or holds_cache(args, kwargs):
         model, kwargs = with_past(model, args, kwargs)
@@ -198,8 +199,9 @@ def export_onnx(
         state = session(fast)
     if is_opened(fast):
         check_free(state.attends[0])
+    program = state.attends[0]
     return export(
-        state.attends[0],
+        program if target.startswith("standard") else separate_projections(program),
         Path(path),
         target=cast(Any, target),
         force=force,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from attnc.capture import plain as capture_plain
 from attnc.capture.plain import is_costly, plain_copy
 from attnc.capture.whole import capture_export
-from attnc.capture import plain as capture_plain
 
 
 class Attention(nn.Module):

@@ -6,7 +6,7 @@ projections, which MultiHeadAttention adds itself, are taken off.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from attnc.codegen.onnx.builder import Builder
 from attnc.codegen.onnx.sites import Call
@@ -91,13 +91,25 @@ def _stored_row(x: ir.Value) -> tuple[ir.Value, ir.Value] | None:
         return None
     one, other = node.inputs
     for y, row in ((one, other), (other, one)):
-        if y is None or row is None or row.const_value is None or row.shape is None or x.shape is None:
+        if y is None or not is_stored(row) or row.shape is None or x.shape is None:
             continue
         product = y.producer()
         multiplies = product is not None and product.domain == "" and product.op_type == "MatMul"
         if multiplies and len(row.shape) == 1 and row.shape[0] == x.shape[-1] and row.dtype == x.dtype:
             return y, row
     return None
+
+
+def is_stored(x: ir.Value | None) -> TypeGuard[ir.Value]:
+    """Say whether a value is stored in the file, or a part or another layout of one that is.
+
+    The runtime folds such a value when it loads the file.
+    """
+    if x is None or x.const_value is not None:
+        return x is not None
+    node = x.producer()
+    laid_out = node is not None and node.domain == "" and node.op_type in ("Slice", "Transpose", "Identity")
+    return laid_out and node is not None and all(i is None or is_stored(i) for i in node.inputs)
 
 
 def projections(packed_: list[ir.Value]) -> tuple[ir.Value, list[ir.Value]] | None:
@@ -116,6 +128,6 @@ def _product(x: ir.Value) -> tuple[ir.Value, ir.Value] | None:
     if node is None or node.domain != "" or node.op_type != "MatMul":
         return None
     y, w = node.inputs
-    if y is None or w is None or w.const_value is None or w.shape is None or w.dtype != x.dtype:
+    if y is None or not is_stored(w) or w.shape is None or w.dtype != x.dtype:
         return None
     return (y, w) if len(w.shape) == 2 else None
