@@ -21,6 +21,7 @@ from attnc import logs
 from attnc.codegen.onnx import lengths, names, parity, placing, runtime, table
 from attnc.codegen.onnx.assemble import assemble, sign
 from attnc.codegen.onnx.check import Checked, check_in_float32, check_site
+from attnc.codegen.onnx.complex_numbers import without_complex
 from attnc.codegen.onnx.linear import choose_form
 from attnc.codegen.onnx.lower import Written
 from attnc.codegen.onnx.native import attend_natively
@@ -127,7 +128,7 @@ def export_model(
     path = Path(path)
     old = placing.check_free(path, force)
     _check_program(program)
-    program = lengths.write_known_sizes(flat(attend_natively(program)))
+    program = lengths.write_known_sizes(flat(without_complex(attend_natively(program))))
     calls = [by_name(program, *inputs) for inputs in check_inputs or ()]
     for args, kwargs in calls:
         leaves(program, args, kwargs)
