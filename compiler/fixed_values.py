@@ -68,7 +68,7 @@ def fix_values(
     named = bound_arguments(model, args, kwargs)
     small = {n: x for n, x in named.items() if _is_small(x)}
     with unchanged(model), torch.no_grad(), _Reads(small) as reads:
-        model(**named)
+        type(model).forward(model, **named)  # what ``optimize`` compiled is not to be watched
     values = {n: small[n].tolist() for n in sorted(reads.read)}
     if not values:
         return None

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from attnc.codegen.triton.inputs import Input, name_inputs
-from attnc.ir import AttentionSpec, Bias, Gain, Operand, Softmax, Step
+from attnc.ir import AttentionSpec, Bias, Gain, Operand, Pointwise, Softmax, Step
 from attnc.masks import rename
+from attnc.pointwise import rename as renamed
+from attnc.pointwise import text
 
 _SIZES = {"b": "b", "h": "h", "q": "sq", "k": "sk"}
 
@@ -53,4 +55,6 @@ def _operand(operand: Operand, name: str, inputs: tuple[Input, ...]) -> Operand:
 
 
 def _step(step: Step, names: Mapping[str, str]) -> Step:
+    if isinstance(step, Pointwise):
+        return Pointwise(text(renamed(step.term, names)))
     return replace(step, operand=names[step.operand]) if isinstance(step, Bias | Gain) else step

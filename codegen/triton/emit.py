@@ -18,8 +18,9 @@ from attnc.codegen.triton.configs import Config, choose
 from attnc.codegen.triton.formulas import problem as formula_problem
 from attnc.codegen.triton.holes import fill_holes
 from attnc.codegen.triton.inputs import FLOATS, problem
+from attnc.codegen.triton.pointwise import problem as pointwise_problem
 from attnc.errors import CodegenError, UnsupportedError
-from attnc.ir import AttentionSpec, Bias, Gain, Kernel, Miss, Plan, Scale, Softcap, Softmax
+from attnc.ir import AttentionSpec, Kernel, Miss, Plan, Pointwise, Softmax
 from attnc.masks import And, Band, Dense, Formula, Full, Mask, Not, Or, Padding, Range
 from attnc.printer import parse
 
@@ -45,9 +46,10 @@ def _obstacles(spec: AttentionSpec, node: str) -> Iterator[Miss]:
         yield Miss("triton-dtype", node, why)
     if spec.dropout:
         yield Miss("triton-dropout", node, f"triton: expected dropout 0, found {spec.dropout}")
-    if not all(isinstance(s, Scale | Softcap | Bias | Gain) for s in spec.scores):
-        why = f"triton: expected scale, softcap, bias or gain, found {' '.join(map(str, spec.scores))}"
-        yield Miss("triton-score-step", node, why)
+    for step in spec.scores:
+        absent = pointwise_problem(step) if isinstance(step, Pointwise) else None
+        if absent is not None:
+            yield Miss("triton-score-step", node, f"triton: {absent}, found {step}")
     if not isinstance(spec.norm, Softmax):
         yield Miss("triton-normalizer", node, f"triton: expected softmax, found {spec.norm}")
     if not _known(spec.mask):

@@ -10,6 +10,7 @@ import torch
 from attnc.codegen.triton import tiles
 from attnc.codegen.triton.configs import Config, head_sizes
 from attnc.codegen.triton.inputs import Input, name_inputs
+from attnc.codegen.triton.pointwise import reads_positions
 from attnc.codegen.triton.steps import (
     LEAST,
     LOG2E,
@@ -21,7 +22,7 @@ from attnc.codegen.triton.steps import (
     reference_steps,
     wide_biases,
 )
-from attnc.ir import AttentionSpec, Bias
+from attnc.ir import AttentionSpec, Bias, Pointwise
 from attnc.masks import Full, Mask
 
 CASES = ((1, 1, 1, 1), (2, 2, 33, 17), (1, 2, 17, 65), (2, 1, 65, 65), (1, 2, 300, 300), (2, 2, 129, 513))
@@ -32,6 +33,8 @@ _AXES = {"b": "B", "h": "H", "q": "Sq", "k": "Sk"}
 _ROLES = {
     "bias": "added to the scores",
     "gain": "multiplies the scores",
+    "side": "in an expression over the scores",
+    "flag": "bool, in an expression over the scores",
     "valid": "bool, tokens that count",
     "seen": "bool, pairs that count",
     "ids": "integers that the mask compares",
@@ -157,7 +160,7 @@ def _blank(spec: AttentionSpec, inputs: tuple[Input, ...], tensor: str, at: int)
 
 def _score_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any]:
     """Return the score steps, and the loads that they need in each tile or once."""
-    scoring = [x for x in inputs if x.role in ("bias", "gain")]
+    scoring = [x for x in inputs if x.role in ("bias", "gain", "side", "flag")]
     return {
         "tanh": has_softcap(spec),
         "exact_tanh": spec.q.dtype == torch.float32,
@@ -166,6 +169,7 @@ def _score_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, An
         "step_loads": [_input(x) for x in scoring if x.per_tile],
         "early_loads": [_input(x) for x in inputs if not x.per_tile and x.role != "sink"],
         "reference_steps": reference_steps(spec.scores, inputs),
+        "positions": any(isinstance(s, Pointwise) and reads_positions(s) for s in spec.scores),
     }
 
 
@@ -190,7 +194,7 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any
         ],
         "keep": tiles.keep(spec.mask, inputs) if masked else "",
         "fill": fill_text(spec.fill),
-        "mask_loads": [_input(x) for x in inputs if (x.is_bool or x.is_integer) and x.per_tile],
+        "mask_loads": [_input(x) for x in inputs if x.role in ("valid", "seen", "ids") and x.per_tile],
         "loops": tiles.loops(spec.mask, spec.fill, call),
         "floor": "" if floor is None else repr(floor),
         "restart": tiles.loop("0", "sk", call(True), "tl.range({}, {}, BLOCK_N, num_stages=1)"),

@@ -14,7 +14,7 @@ import torch
 
 from attnc import expr as E
 from attnc.formula import reading
-from attnc.ir import AttentionSpec, Bias, Gain, Operand
+from attnc.ir import AttentionSpec, Bias, Gain, Operand, Step
 from attnc.masks import And, Dense, Formula, Mask, Not, Or, Padding
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -39,8 +39,8 @@ class Input:
 
     @property
     def is_bool(self) -> bool:
-        """Say whether it is a mask, which the kernel reads as bytes."""
-        return self.role in ("valid", "seen")
+        """Say whether it holds bools, which the kernel reads as bytes: a mask, or a flag of an expression."""
+        return self.role in ("valid", "seen", "flag")
 
     @property
     def is_integer(self) -> bool:
@@ -143,8 +143,8 @@ def _uses(spec: AttentionSpec, operand: Operand) -> dict[tuple[str, str], None]:
     """Return the distinct (role, layout) in which the spec reads ``operand``, in order."""
     found: dict[tuple[str, str], None] = {}
     for step in spec.scores:
-        if isinstance(step, Bias | Gain) and step.operand == operand.name and not found:
-            found["bias" if isinstance(step, Bias) else "gain", "bhqk"] = None
+        if operand.name in step.operands and not found:
+            found[_role(step, operand), "bhqk"] = None
     for atom in atoms(spec.mask):
         if isinstance(atom, Padding) and atom.operand == operand.name:
             found["valid", "b" + atom.axis] = None
@@ -156,6 +156,13 @@ def _uses(spec: AttentionSpec, operand: Operand) -> dict[tuple[str, str], None]:
     if spec.norm.sink == operand.name:
         found["sink", "h"] = None
     return found
+
+
+def _role(step: Step, operand: Operand) -> str:
+    """Return what a step makes of a captured tensor."""
+    if isinstance(step, Bias | Gain):
+        return "bias" if isinstance(step, Bias) else "gain"
+    return "flag" if operand.dtype == torch.bool else "side"
 
 
 def _varying(spec: AttentionSpec, operand: Operand, layout: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from attnc.codegen.triton.inputs import Input, find
-from attnc.errors import UnsupportedError
+from attnc.codegen.triton.pointwise import kernel_lines, least_constant, torch_text, uses_tanh
 from attnc.ir import AttentionSpec, Fill, Gain, Pointwise, Scale, Softcap, Step
 
 LOG2E = math.log2(math.e)
@@ -29,7 +29,8 @@ def kernel_steps(steps: Sequence[Step], inputs: tuple[Input, ...]) -> list[str]:
     """Return the lines that turn ``s``, the bare contraction, into base-2 scores."""
     lines: list[str] = []
     factor, in_base2 = 1.0, False
-    last_cap = max((i for i, s in enumerate(steps) if isinstance(s, Softcap)), default=-1)
+    last_cap = max((i for i, s in enumerate(steps) if isinstance(s, Softcap | Pointwise)), default=-1)
+    huge = False
     for at, step in enumerate(steps):
         if isinstance(step, Scale):
             factor *= step.factor
@@ -39,14 +40,22 @@ def kernel_steps(steps: Sequence[Step], inputs: tuple[Input, ...]) -> list[str]:
         elif isinstance(step, Gain):
             lines.append(f"s = s * {find(inputs, step.operand, 'bhqk').name}")
         elif isinstance(step, Pointwise):
-            raise UnsupportedError(f"triton: no kernel text for {step}")
+            if factor != 1.0:
+                lines.append(f"s = {times('s', factor)}")
+            named = {n: find(inputs, n, "bhqk").name for n in step.operands}
+            lines += kernel_lines(step, named)
+            factor, huge = 1.0, huge or least_constant(step.term) < LEAST
         else:
             unit = LOG2E if at > last_cap else 1.0
             scaled = times("s", factor if in_base2 else factor * unit)
+            if huge and not in_base2 and unit != 1.0:
+                scaled = f"_base2({times('s', factor)})"
             lines.append(f"s = {scaled} + {_addend(find(inputs, step.operand, 'bhqk'), step.sign, unit)}")
             factor, in_base2 = 1.0, at > last_cap
     rest = factor if in_base2 else factor * LOG2E
-    if rest != 1.0:
+    if huge and not in_base2:
+        lines.append(f"s = _base2({times('s', factor)})")
+    elif rest != 1.0:
         lines.append(f"s = {times('s', rest)}{_why(steps, factor, in_base2)}")
     return lines
 
@@ -72,11 +81,17 @@ def reference_steps(steps: Sequence[Step], inputs: tuple[Input, ...]) -> list[st
         elif isinstance(step, Gain):
             lines.append(f"s = s * {find(inputs, step.operand, 'bhqk').tensor}.to(work)")
         elif isinstance(step, Pointwise):
-            raise UnsupportedError(f"triton: no reference text for {step}")
+            named = {n: _side(find(inputs, n, "bhqk")) for n in step.operands}
+            lines.append(f"s = {torch_text(step, named)}")
         else:
             sign = "-" if step.sign < 0 else "+"
             lines.append(f"s = s {sign} {find(inputs, step.operand, 'bhqk').tensor}.to(work)")
     return lines
+
+
+def _side(x: Input) -> str:
+    """Return a captured tensor of an expression, in torch."""
+    return x.tensor if x.is_bool else f"{x.tensor}.to(work)"
 
 
 def _addend(bias: Input, sign: int, unit: float) -> str:
@@ -111,7 +126,7 @@ def overflows(fill: Fill) -> bool:
 
 def has_softcap(spec: AttentionSpec) -> bool:
     """Say whether the kernel needs a tanh."""
-    return any(isinstance(s, Softcap) for s in spec.scores)
+    return any(isinstance(s, Softcap) or (isinstance(s, Pointwise) and uses_tanh(s)) for s in spec.scores)
 
 
 def reference_fill(fill: Fill) -> str:

@@ -1,0 +1,153 @@
+"""Write an elementwise expression over the score as kernel text, and as torch for the reference in the file.
+
+The kernel computes in fp32 and natural units.  Triton has few functions of its own; the others are written
+out by identities that lose at most a rounding or two (``expm1`` and ``log1p`` near 0 are the plain forms).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from attnc.ir import Pointwise
+from attnc.pointwise import POSITIONS, SCORE, Call, names
+
+Term = Call | str | float
+
+_INFIX = {
+    **{"add": "+", "sub": "-", "mul": "*", "div": "/"},
+    **{"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="},
+}
+_ROOT = math.sqrt(2 / math.pi)
+_KERNEL: Mapping[str, str] = {
+    "neg": "(-{0})",
+    "abs": "tl.abs({0})",
+    "sign": "tl.where({0} > 0.0, 1.0, tl.where({0} < 0.0, -1.0, 0.0))",
+    "exp": "tl.exp({0})",
+    "exp2": "tl.exp2({0})",
+    "expm1": "(tl.exp({0}) - 1.0)",
+    "log": "tl.log({0})",
+    "log1p": "tl.log(1.0 + {0})",
+    "sqrt": "tl.sqrt({0})",
+    "rsqrt": "tl.rsqrt({0})",
+    "reciprocal": "(1.0 / {0})",
+    "square": "({0} * {0})",
+    "sin": "tl.sin({0})",
+    "cos": "tl.cos({0})",
+    "tan": "(tl.sin({0}) / tl.cos({0}))",
+    "sinh": "(0.5 * (tl.exp({0}) - tl.exp(-{0})))",
+    "cosh": "(0.5 * (tl.exp({0}) + tl.exp(-{0})))",
+    "tanh": "_tanh({0})",
+    "sigmoid": "tl.sigmoid({0})",
+    "relu": "tl.maximum({0}, 0.0)",
+    "silu": "({0} * tl.sigmoid({0}))",
+    "softplus": "(tl.maximum({0}, 0.0) + tl.log(1.0 + tl.exp(-tl.abs({0}))))",
+    "elu": "tl.where({0} > 0.0, {0}, tl.exp(tl.minimum({0}, 0.0)) - 1.0)",
+    "gelu": f"(0.5 * {{0}} * (1.0 + tl.erf({{0}} * {math.sqrt(0.5)!r})))",
+    "gelu_tanh": f"(0.5 * {{0}} * (1.0 + _tanh({_ROOT!r} * {{0}} * (1.0 + 0.044715 * {{0}} * {{0}}))))",
+    "erf": "tl.erf({0})",
+    "floor": "tl.floor({0})",
+    "ceil": "tl.ceil({0})",
+    "trunc": "tl.where({0} < 0.0, tl.ceil({0}), tl.floor({0}))",
+    "maximum": "tl.maximum({0}, {1})",
+    "minimum": "tl.minimum({0}, {1})",
+    "where": "tl.where({0}, {1}, {2})",
+}
+_TORCH: Mapping[str, str] = {
+    "gelu": "torch.nn.functional.gelu({0})",
+    "gelu_tanh": 'torch.nn.functional.gelu({0}, approximate="tanh")',
+    "silu": "torch.nn.functional.silu({0})",
+    "softplus": "torch.nn.functional.softplus({0})",
+    "elu": "torch.nn.functional.elu({0})",
+    "neg": "(-{0})",
+}
+"""What is not ``torch.<name>``."""
+
+
+def problem(step: Pointwise) -> str | None:
+    """Return what of an expression kernels do not have, or None."""
+    absent = sorted(op for op in _calls(step.term) if op not in _KERNEL and op not in _INFIX)
+    if absent:
+        return f"kernels have no {', '.join(absent)}"
+    placed = [n for n in names(step.term) if n in ("h", "b")]
+    return f"kernels do not compute with the position {placed[0]}" if placed else None
+
+
+def _calls(term: Term) -> set[str]:
+    return {term.op}.union(*map(_calls, term.args)) if isinstance(term, Call) else set()
+
+
+def uses_tanh(step: Pointwise) -> bool:
+    """Say whether the kernel needs its tanh."""
+    return bool(_calls(step.term) & {"tanh", "gelu_tanh"})
+
+
+def least_constant(term: Term) -> float:
+    """Return the least number in an expression, as it may stand for a hidden score."""
+    if isinstance(term, Call):
+        return min(map(least_constant, term.args), default=math.inf)
+    return term if isinstance(term, float) else math.inf
+
+
+def kernel_lines(step: Pointwise, named: Mapping[str, str]) -> list[str]:
+    """Return the lines that put the expression's value in place of ``s``; ``named`` are the captured tensors.
+
+    An argument that a function reads more than once gets a name of its own.
+    """
+    lines: list[str] = []
+    positions = {"q": "rows[:, None].to(tl.float32)", "k": "cols[None, :].to(tl.float32)"}
+
+    def write(term: Term) -> str:
+        if isinstance(term, str):
+            return term if term == SCORE else named.get(term) or positions[term]
+        if not isinstance(term, Call):
+            return _number(term)
+        args = [write(a) for a in term.args]
+        if term.op in _INFIX:
+            return f"({args[0]} {_INFIX[term.op]} {args[1]})"
+        form = _KERNEL[term.op]
+        if form.count("{0}") > 1 and isinstance(term.args[0], Call):
+            lines.append(f"x{len(lines)} = {_bare(args[0])}")
+            args[0] = f"x{len(lines) - 1}"
+        return form.format(*args)
+
+    value = _bare(write(step.term))
+    return [f"# {step}", *lines, f"s = {value}"]
+
+
+def torch_text(step: Pointwise, named: Mapping[str, str]) -> str:
+    """Return the expression in torch, on ``s`` and the captured tensors; ``qi`` and ``ki`` are positions."""
+    positions = {"q": "qi.to(work)", "k": "ki.to(work)"}
+
+    def write(term: Term) -> str:
+        if isinstance(term, str):
+            return term if term == SCORE else named.get(term) or positions[term]
+        if not isinstance(term, Call):
+            return f"torch.tensor({_number(term)}, dtype=work, device=q.device)"
+        args = [write(a) for a in term.args]
+        if term.op in _INFIX:
+            return f"({args[0]} {_INFIX[term.op]} {args[1]})"
+        return _TORCH.get(term.op, f"torch.{term.op}({', '.join(args)})").format(*args)
+
+    return _bare(write(step.term))
+
+
+def reads_positions(step: Pointwise) -> bool:
+    """Say whether the expression computes with where a score stands."""
+    return any(n in POSITIONS for n in names(step.term))
+
+
+def _number(x: float) -> str:
+    return repr(x) if math.isfinite(x) else f'float("{x}")'
+
+
+def _bare(text: str) -> str:
+    """Return the text without brackets around all of it."""
+    if not text.startswith("(") or not text.endswith(")"):
+        return text
+    depth = 0
+    for at, c in enumerate(text):
+        depth += (c == "(") - (c == ")")
+        if depth == 0 and at < len(text) - 1:
+            return text
+    return text[1:-1]
