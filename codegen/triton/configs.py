@@ -119,8 +119,8 @@ def _is_light(spec: AttentionSpec) -> bool:
 
 
 def _loads_tiles(spec: AttentionSpec) -> bool:
-    """Say whether a captured tensor has a value for every pair of query and key."""
-    return any(x.per_tile and "q" in x.axes for x in name_inputs(spec))
+    """Say whether a tile loads a value for every pair of query and key, or ids, which take two registers."""
+    return any(x.per_tile and ("q" in x.axes or x.is_integer) for x in name_inputs(spec))
 
 
 def _fit(spec: AttentionSpec, arch: str, config: Config) -> Config:

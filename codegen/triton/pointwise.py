@@ -116,17 +116,25 @@ def kernel_lines(step: Pointwise, named: Mapping[str, str]) -> list[str]:
 
 
 def torch_text(step: Pointwise, named: Mapping[str, str]) -> str:
-    """Return the expression in torch, on ``s`` and the captured tensors; ``qi`` and ``ki`` are positions."""
+    """Return the expression in torch, on ``s`` and the captured tensors; ``qi`` and ``ki`` are positions.
+
+    Numbers stand as they are beside a tensor; a function of two tensors gets them as tensors.
+    """
     positions = {"q": "qi.to(work)", "k": "ki.to(work)"}
 
     def write(term: Term) -> str:
         if isinstance(term, str):
             return term if term == SCORE else named.get(term) or positions[term]
         if not isinstance(term, Call):
-            return f"torch.tensor({_number(term)}, dtype=work, device=q.device)"
+            return _number(term)
         args = [write(a) for a in term.args]
         if term.op in _INFIX:
             return f"({args[0]} {_INFIX[term.op]} {args[1]})"
+        if term.op in ("maximum", "minimum"):
+            args = [
+                f"s.new_tensor({a})" if isinstance(t, float) else a
+                for t, a in zip(term.args, args, strict=True)
+            ]
         return _TORCH.get(term.op, f"torch.{term.op}({', '.join(args)})").format(*args)
 
     return _bare(write(step.term))
