@@ -36,8 +36,6 @@ from attnc.masks import And, Band, Dense, Formula, Full, Mask, Not, Or, Padding,
 from attnc.pointwise import parse_term
 
 _OPERAND = re.compile(r"(\w+)=(\w+)\[([^\]]*)\]:(\w+)")
-# A size is a number, a name, or text with calls in it, such as Mod(s77,8).
-_DIM = re.compile(r"(?:[^,()]|\((?:[^()]|\([^()]*\))*\))+")
 _TOKEN = re.compile(r"\s*([()&|~]|\{[^{}]*\}|[a-z]+(?:\([^()]*\))?)")
 
 
@@ -89,8 +87,20 @@ def _operand(word: str) -> Operand:
     dtype = getattr(torch, m[4], None) if m else None
     if m is None or not isinstance(dtype, torch.dtype):
         raise ValueError(f"expected an operand such as q=bhqd[2,8,s77,64]:float32, found {word!r}")
-    dims = tuple(int(d) if d.isdigit() else d for d in _DIM.findall(m[3]))
+    dims = tuple(int(d) if d.isdigit() else d for d in _sizes(m[3]))
     return Operand(m[1], m[2], dims, dtype)
+
+
+def _sizes(text: str) -> list[str]:
+    """Split at the commas outside brackets: a size is a number, a name, or text such as Mod(s77,8)."""
+    out, depth = [""], 0
+    for c in text:
+        depth += (c == "(") - (c == ")")
+        if c == "," and depth == 0:
+            out.append("")
+        else:
+            out[-1] += c
+    return [size for size in out if size]
 
 
 def _step(word: str) -> Step:

@@ -48,7 +48,19 @@ def trees(inner: st.SearchStrategy[Mask]) -> st.SearchStrategy[Mask]:
 masks = st.recursive(atoms, trees, max_leaves=6)
 dims = st.one_of(
     st.integers(0, 2**40),
-    st.sampled_from(["s77", "s0+8", "2*s0", "s0*s1-1", "Mod(s0,8)", "Max(1,Mod(s0,8)+2)", "(s0//2)", "u0"]),
+    st.sampled_from(
+        [
+            "s77",
+            "s0+8",
+            "2*s0",
+            "s0*s1-1",
+            "Mod(s0,8)",
+            "Max(1,Mod(s0,8)+2)",
+            "(s0//2)",
+            "u0",
+            "((((s0//80)-3)//2)-1)//2+1",
+        ]
+    ),
 )
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.bool])
 
