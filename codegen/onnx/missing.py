@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ def translations(opset: int) -> dict[Any, Any]:
             found[packet.default] = _grouped_mm(opset)
     found[torch.ops.aten.sym_numel.default] = _numel(opset)
     found[torch.ops.aten.repeat_interleave.self_int] = _repeat_interleave(opset)
+    found[torch.ops.aten.squeeze.dim] = found[torch.ops.aten.squeeze.dims] = _squeeze(opset)
     return found
 
 
@@ -52,6 +54,21 @@ def _repeat_interleave(opset: int) -> Any:
         return op.Reshape(op.Tile(parted, tiles), shape)
 
     return repeat_interleave
+
+
+def _squeeze(opset: int) -> Any:
+    """Return the translation of ``squeeze(x, dim)``, which does nothing to an axis longer than 1.
+
+    The exporter's own (onnxscript 0.7) writes a Squeeze that no runtime takes.  Free sizes are never 1.
+    """
+    op = _operators(opset)
+
+    def squeeze(x: Any, dim: int | Sequence[int]) -> Any:
+        axes = [d % len(x.shape) for d in ([dim] if isinstance(dim, int) else dim)] if len(x.shape) else []
+        ones = [a for a in axes if x.shape[a] == 1]
+        return op.Squeeze(x, ones) if ones else op.Identity(x)
+
+    return squeeze
 
 
 def _numel(opset: int) -> Any:

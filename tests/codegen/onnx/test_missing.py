@@ -111,3 +111,18 @@ def test_a_file_does_without_the_folding_of_constants_where_that_fails(
     program = torch.export.export(Channels(), (x,), strict=False)
     done = export_model(program, tmp_path / "m.onnx", check_inputs=[((x,), {})])
     assert all(c.ok for c in done.checks)
+
+
+class Squeezes(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.squeeze(1) + x.squeeze((0, 1, 3)).squeeze(-1)
+
+
+def test_squeezing_a_longer_axis_does_nothing(tmp_path: Path) -> None:
+    x = torch.randn(3, 1, 5, 4)
+    program = torch.export.export(
+        Squeezes(), (x,), dynamic_shapes=({0: Dim("n"), 2: Dim("t")},), strict=False
+    )
+    done = export_model(program, tmp_path / "m.onnx", check_inputs=[((x,), {})])
+    assert [c.shape for c in done.checks] == [(3, 1, 5, 4), (2, 1, 3, 4)]
+    assert all(c.ok for c in done.checks)
