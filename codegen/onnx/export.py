@@ -24,6 +24,7 @@ from attnc.codegen.onnx.check import Checked, check_in_float32, check_site
 from attnc.codegen.onnx.complex_numbers import without_complex
 from attnc.codegen.onnx.linear import choose_form
 from attnc.codegen.onnx.lower import Written
+from attnc.codegen.onnx.missing import reworded
 from attnc.codegen.onnx.native import attend_natively
 from attnc.codegen.onnx.sites import Call
 from attnc.codegen.onnx.translate import LINEAR, convert, find_calls, flat
@@ -128,7 +129,7 @@ def export_model(
     path = Path(path)
     old = placing.check_free(path, force)
     _check_program(program)
-    program = lengths.write_known_sizes(flat(without_complex(attend_natively(program))))
+    program = _prepared(program)
     calls = [by_name(program, *inputs) for inputs in check_inputs or ()]
     for args, kwargs in calls:
         leaves(program, args, kwargs)
@@ -155,6 +156,13 @@ def export_model(
     for site in sites:
         log.info("%s: %s (%s)", site.id, site.operator, site.reason)
     return Exported(files, opset, tuple(sites), tuple(checks), remarks)
+
+
+def _prepared(program: ExportedProgram) -> ExportedProgram:
+    """Return the program in what the exporter can translate: functional, of real numbers, with attend nodes."""
+    for step in (attend_natively, without_complex, flat, reworded):
+        program = step(program)
+    return lengths.write_known_sizes(program)
 
 
 def _check_program(program: ExportedProgram) -> None:

@@ -1,4 +1,4 @@
-"""Translations of operators that torch's exporter has none for, or one that does not run."""
+"""What torch's exporter has no translation for, or one that does not run, translated or written otherwise."""
 
 from __future__ import annotations
 
@@ -6,8 +6,38 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import fx
+from torch.export import ExportedProgram
 
+from attnc.editing import Builder
+from attnc.programs import copy_program, fix_outputs
+
+aten = torch.ops.aten
 _GROUPED = (("transformers", "grouped_mm_fallback"), ("aten", "_grouped_mm"))
+
+
+def reworded(program: ExportedProgram) -> ExportedProgram:
+    """Return ``program`` with ``c - x`` of a number c as ``-x + c``, which is the same in every bit.
+
+    The exporter's type promotion (torch 2.13) fails on ``aten.rsub`` where x holds integers and c is none.
+    """
+    if not any(_is_reversed_difference(n) for n in program.graph.nodes):
+        return program
+    copied = copy_program(program)
+    graph = copied.graph
+    builder = Builder(graph)
+    for node in [n for n in graph.nodes if _is_reversed_difference(n)]:
+        x, number = node.args
+        minus = builder.before(node).call(aten.neg.default, x)
+        node.replace_all_uses_with(builder.call(aten.add.Tensor, minus, number))
+        graph.erase_node(node)
+    fix_outputs(copied)
+    copied.graph_module.recompile()
+    return copied
+
+
+def _is_reversed_difference(node: fx.Node) -> bool:
+    return node.target is aten.rsub.Scalar and len(node.args) == 2 and not node.kwargs
 
 
 def translations(opset: int) -> dict[Any, Any]:

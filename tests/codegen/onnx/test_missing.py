@@ -126,3 +126,15 @@ def test_squeezing_a_longer_axis_does_nothing(tmp_path: Path) -> None:
     done = export_model(program, tmp_path / "m.onnx", check_inputs=[((x,), {})])
     assert [c.shape for c in done.checks] == [(3, 1, 5, 4), (2, 1, 3, 4)]
     assert all(c.ok for c in done.checks)
+
+
+class Hides(nn.Module):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return x + (1.0 - mask) * -10000.0 + (2 - x)
+
+
+def test_a_number_less_integers_is_exported(tmp_path: Path) -> None:
+    args = torch.randn(2, 5), torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1]])
+    program = torch.export.export(Hides(), args, dynamic_shapes=({0: Dim("n")},) * 2, strict=False)
+    done = export_model(program, tmp_path / "m.onnx", check_inputs=[(args, {})])
+    assert all(c.ok for c in done.checks)
