@@ -27,24 +27,45 @@ def without_complex(program: ExportedProgram) -> ExportedProgram:
     """Return ``program`` without complex values, or itself if it has none.
 
     Raises:
-        CodegenError: a complex input, weight or output, or an operation on complex values that is not known.
+        CodegenError: a complex input or output, or an operation on complex values that is not known.
     """
     if not any(map(_is_complex, program.graph.nodes)):
         return program
     copied = copy_program(program)
     graph = copied.graph
     builder, pairs = Builder(graph), Pairs()
-    for node in list(graph.nodes):
-        if node.op == "call_function" and _touches(node):
+    given = list(graph.nodes)
+    _split_stored(copied, builder, pairs)
+    for node in given:
+        if node.op == "call_function" and _touches(node, pairs):
             builder.before(node)
             _write(builder, node, pairs)
-        elif _is_complex(node) or (node.op == "output" and any(map(_is_complex, node.all_input_nodes))):
-            raise CodegenError(f"ONNX export: expected real inputs, weights and outputs, found {node.name}")
-    for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and _touches(node) and not node.users:
+        elif (_is_complex(node) and node not in pairs) or (
+            node.op == "output" and any(map(_is_complex, node.all_input_nodes))
+        ):
+            raise CodegenError(f"ONNX export: expected real inputs and outputs, found {node.name}")
+    for node in reversed(given):
+        if node.op == "call_function" and _touches(node, pairs) and not node.users:
             graph.erase_node(node)
     copied.graph_module.recompile()
     return copied
+
+
+def _split_stored(program: ExportedProgram, b: Builder, pairs: Pairs) -> None:
+    """Store complex weights, buffers and constants as pairs of numbers along a last axis of 2."""
+    signature, first = program.graph_signature, next(n for n in b.graph.nodes if n.op != "placeholder")
+    stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    stored |= signature.inputs_to_lifted_tensor_constants
+    for node in b.graph.find_nodes(op="placeholder"):
+        target = stored.get(node.name)
+        if target is None or not _is_complex(node):
+            continue
+        held = program.state_dict if target in program.state_dict else program.constants
+        held[target] = torch.view_as_real(held[target].detach().resolve_conj()).clone()
+        with b.mode:
+            node.meta["val"] = torch.view_as_real(node.meta["val"])
+        b.before(first)
+        pairs[node] = b.call(aten.select.int, node, -1, 0), b.call(aten.select.int, node, -1, 1)
 
 
 def _is_complex(node: fx.Node) -> bool:
@@ -52,8 +73,8 @@ def _is_complex(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.is_complex()
 
 
-def _touches(node: fx.Node) -> bool:
-    return _is_complex(node) or any(map(_is_complex, node.all_input_nodes))
+def _touches(node: fx.Node, pairs: Pairs) -> bool:
+    return _is_complex(node) or any(_is_complex(x) or x in pairs for x in node.all_input_nodes)
 
 
 def _write(b: Builder, node: fx.Node, pairs: Pairs) -> None:
@@ -182,7 +203,17 @@ _PARTWISE: dict[str, _Maker] = dict.fromkeys(
     (
         *("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand"),
         *("slice", "select", "narrow", "index_select", "index", "permute", "transpose", "movedim", "cat"),
-        *("stack", "repeat", "clone", "contiguous", "detach", "alias", "lift_fresh_copy", "resolve_conj"),
+        *(
+            "stack",
+            "repeat",
+            "clone",
+            "contiguous",
+            "detach",
+            "detach_",
+            "alias",
+            "lift_fresh_copy",
+            "resolve_conj",
+        ),
         *("to", "_to_copy", "neg", "sum", "mean"),
     ),
     _partwise,

@@ -159,8 +159,8 @@ def export_model(
 
 
 def _prepared(program: ExportedProgram) -> ExportedProgram:
-    """Return the program in what the exporter can translate: functional, of real numbers, with attend nodes."""
-    for step in (attend_natively, without_complex, flat, reworded):
+    """Return the program as the exporter takes it: functional, of real numbers, SDPA calls as sites."""
+    for step in (attend_natively, flat, without_complex, reworded):
         program = step(program)
     return lengths.write_known_sizes(program)
 
