@@ -156,8 +156,12 @@ class Elementwise:
     @property
     def hides(self) -> bool:
         """Whether a score of -inf gets a weight of zero."""
-        least = torch.tensor(-math.inf, dtype=torch.float64)
-        return float(P.evaluate(P.parse_term(self.expr), {P.SCORE: least})) == 0.0
+        return self.weight(-math.inf) == 0.0
+
+    def weight(self, score: float) -> float:
+        """Return the weight of one score."""
+        s = torch.tensor(score, dtype=torch.float64)
+        return float(P.evaluate(P.parse_term(self.expr), {P.SCORE: s}))
 
     def apply(
         self, scores: torch.Tensor, captured: Mapping[str, torch.Tensor]

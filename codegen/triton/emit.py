@@ -7,6 +7,7 @@ The same spec gives the same bytes.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
@@ -20,7 +21,7 @@ from attnc.codegen.triton.holes import fill_holes
 from attnc.codegen.triton.inputs import FLOATS, problem
 from attnc.codegen.triton.pointwise import problem as pointwise_problem
 from attnc.errors import CodegenError, UnsupportedError
-from attnc.ir import AttentionSpec, Kernel, Miss, Plan, Pointwise, Softmax
+from attnc.ir import AttentionSpec, Elementwise, Kernel, Miss, Plan, Pointwise, SignedSoftmax, Softmax
 from attnc.masks import And, Band, Dense, Formula, Full, Mask, Not, Or, Padding, Range
 from attnc.printer import parse
 
@@ -50,8 +51,14 @@ def _obstacles(spec: AttentionSpec, node: str) -> Iterator[Miss]:
         absent = pointwise_problem(step) if isinstance(step, Pointwise) else None
         if absent is not None:
             yield Miss("triton-score-step", node, f"triton: {absent}, found {step}")
-    if not isinstance(spec.norm, Softmax):
-        yield Miss("triton-normalizer", node, f"triton: expected softmax, found {spec.norm}")
+    if not isinstance(spec.norm, Softmax | SignedSoftmax | Elementwise):
+        why = f"triton: expected a softmax or weights element by element, found {spec.norm}"
+        yield Miss("triton-normalizer", node, why)
+    if isinstance(spec.norm, SignedSoftmax) and spec.fill.value != -math.inf:
+        why = f"triton: a signed softmax makes the fill {spec.fill.value} a large magnitude"
+        yield Miss("triton-normalizer", node, why)
+    if isinstance(spec.norm, Elementwise) and (absent := pointwise_problem(Pointwise(spec.norm.expr))):
+        yield Miss("triton-normalizer", node, f"triton: {absent}, found {spec.norm}")
     if not _known(spec.mask):
         why = f"triton: expected a mask of known parts, formulas small and over q and k, found {spec.mask}"
         yield Miss("triton-mask-kind", node, why)

@@ -10,19 +10,19 @@ import torch
 from attnc.codegen.triton import tiles
 from attnc.codegen.triton.configs import Config, head_sizes
 from attnc.codegen.triton.inputs import Input, name_inputs
-from attnc.codegen.triton.pointwise import reads_positions
+from attnc.codegen.triton.pointwise import kernel_lines, reads_positions, torch_text
 from attnc.codegen.triton.steps import (
     LEAST,
     LOG2E,
     fill_text,
-    has_softcap,
+    has_tanh,
     kernel_steps,
     overflows,
     reference_fill,
     reference_steps,
     wide_biases,
 )
-from attnc.ir import AttentionSpec, Bias, Pointwise
+from attnc.ir import AttentionSpec, Bias, Elementwise, Fill, Pointwise, SignedSoftmax
 from attnc.masks import Full, Mask
 
 CASES = ((1, 1, 1, 1), (2, 2, 33, 17), (1, 2, 17, 65), (2, 1, 65, 65), (1, 2, 300, 300), (2, 2, 129, 513))
@@ -55,7 +55,7 @@ def fill_holes(spec: AttentionSpec, configs: dict[str, Config]) -> dict[str, Any
         **_input_holes(spec, inputs),
         **_score_holes(spec, inputs),
         **_loop_holes(spec, inputs),
-        **_softmax_holes(spec, inputs),
+        **_weight_holes(spec, inputs),
     }
 
 
@@ -162,10 +162,10 @@ def _score_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, An
     """Return the score steps, and the loads that they need in each tile or once."""
     scoring = [x for x in inputs if x.role in ("bias", "gain", "side", "flag")]
     return {
-        "tanh": has_softcap(spec),
+        "tanh": has_tanh(spec),
         "exact_tanh": spec.q.dtype == torch.float32,
         "two_log2e": repr(2 * LOG2E),
-        "steps": kernel_steps(spec.scores, inputs),
+        "steps": kernel_steps(spec.scores, inputs, base2=not isinstance(spec.norm, Elementwise)),
         "step_loads": [_input(x) for x in scoring if x.per_tile],
         "early_loads": [_input(x) for x in inputs if not x.per_tile and x.role != "sink"],
         "reference_steps": reference_steps(spec.scores, inputs),
@@ -176,16 +176,18 @@ def _score_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, An
 def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any]:
     """Return the mask, the loops over keys, and what a tile is given."""
     masked = not isinstance(spec.mask, Full)
-    given = ["acc, l, m, q, first, n,", "k_at, k_n, k_d, v_at, v_n, v_d,"]
+    state = "acc, l, m" if not isinstance(spec.norm, Elementwise) else "acc"
+    given = [f"{state}, q, first, n,", "k_at, k_n, k_d, v_at, v_n, v_d,"]
     extra = [t for x in inputs if x.role != "sink" for t in _tile_terms(x)]
     given += [_row(extra)] if extra else []
     given.append("sq, sk,")
 
     def call(needs_mask: bool) -> list[str]:
         last = f"MASKED={needs_mask}, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,"
-        return ["acc, l, m = _tile(", *(f"    {line}" for line in [*given, last]), ")"]
+        return [f"{state} = _tile(", *(f"    {line}" for line in [*given, last]), ")"]
 
-    floor = tiles.floor(spec.mask, spec.fill) if masked else None
+    weighs, fill = not isinstance(spec.norm, Elementwise), _visited(spec)
+    floor = tiles.floor(spec.mask, fill) if masked and weighs else None
     return {
         "tile_params": [
             *given,
@@ -193,9 +195,9 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any
             "BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,",
         ],
         "keep": tiles.keep(spec.mask, inputs) if masked else "",
-        "fill": fill_text(spec.fill),
+        "fill": fill_text(spec.fill, base2=weighs),
         "mask_loads": [_input(x) for x in inputs if x.role in ("valid", "seen", "ids") and x.per_tile],
-        "loops": tiles.loops(spec.mask, spec.fill, call),
+        "loops": tiles.loops(spec.mask, fill, call),
         "floor": "" if floor is None else repr(floor),
         "restart": tiles.loop("0", "sk", call(True), "tl.range({}, {}, BLOCK_N, num_stages=1)"),
         "tile": _tile_order(spec.mask),
@@ -216,6 +218,30 @@ def _tile_order(mask: Mask) -> str:
     found = tiles.outer(mask)
     grows = any(x.his for x in found) and not any(x.los for x in found)
     return "tiles - 1 - tl.program_id(0) % tiles" if grows else "tl.program_id(0) % tiles"
+
+
+def _visited(spec: AttentionSpec) -> Fill:
+    """Return the fill by which tiles are skipped: without a sum, what a hidden score weighs alone decides."""
+    if not isinstance(spec.norm, Elementwise):
+        return spec.fill
+    settles = spec.fill.how == "replace" or spec.fill.value == -math.inf
+    return Fill() if settles and spec.norm.weight(spec.fill.value) == 0.0 else Fill(0.0)
+
+
+def _weight_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any]:
+    """Return how scores become weights: by a running softmax, or each by a function of its own."""
+    if not isinstance(spec.norm, Elementwise):
+        signed = isinstance(spec.norm, SignedSoftmax)
+        return {"weigh": [], "signed": signed, **_softmax_holes(spec, inputs)}
+    step = Pointwise(spec.norm.expr)
+    lines = kernel_lines(step, {})[1:]
+    return {
+        "weigh": [*lines[:-1], f"p = {lines[-1].removeprefix('s = ')}"],
+        "weigh_as": spec.norm.expr,
+        "reference_weigh": torch_text(step, {}),
+        **dict.fromkeys(("signed", "safe", "base2", "extreme", "sink"), False),
+        "start": [],
+    }
 
 
 def _softmax_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 
 from attnc.codegen.triton.inputs import Input, find
 from attnc.codegen.triton.pointwise import kernel_lines, least_constant, torch_text, uses_tanh
-from attnc.ir import AttentionSpec, Fill, Gain, Pointwise, Scale, Softcap, Step
+from attnc.ir import AttentionSpec, Elementwise, Fill, Gain, Pointwise, Scale, Softcap, Step
 
 LOG2E = math.log2(math.e)
 FP32_MIN = torch.finfo(torch.float32).min
@@ -25,10 +25,10 @@ UNDERFLOW = 151.0
 """Base-2 distance below the maximum at which a weight is 0 in fp32: the least subnormal is 2**-149."""
 
 
-def kernel_steps(steps: Sequence[Step], inputs: tuple[Input, ...]) -> list[str]:
-    """Return the lines that turn ``s``, the bare contraction, into base-2 scores."""
+def kernel_steps(steps: Sequence[Step], inputs: tuple[Input, ...], *, base2: bool = True) -> list[str]:
+    """Return the lines that turn ``s``, the bare contraction, into scores in base 2, or in natural units."""
     lines: list[str] = []
-    factor, in_base2 = 1.0, False
+    factor, in_base2 = 1.0, not base2
     last_cap = max((i for i, s in enumerate(steps) if isinstance(s, Softcap | Pointwise)), default=-1)
     huge = False
     for at, step in enumerate(steps):
@@ -46,12 +46,12 @@ def kernel_steps(steps: Sequence[Step], inputs: tuple[Input, ...]) -> list[str]:
             lines += kernel_lines(step, named)
             factor, huge = 1.0, huge or least_constant(step.term) < LEAST
         else:
-            unit = LOG2E if at > last_cap else 1.0
+            unit = LOG2E if at > last_cap and base2 else 1.0
             scaled = times("s", factor if in_base2 else factor * unit)
             if huge and not in_base2 and unit != 1.0:
                 scaled = f"_base2({times('s', factor)})"
             lines.append(f"s = {scaled} + {_addend(find(inputs, step.operand, 'bhqk'), step.sign, unit)}")
-            factor, in_base2 = 1.0, at > last_cap
+            factor, in_base2 = 1.0, at > last_cap or not base2
     rest = factor if in_base2 else factor * LOG2E
     if huge and not in_base2:
         lines.append(f"s = _base2({times('s', factor)})")
@@ -113,9 +113,9 @@ def hidden(fill: Fill) -> float:
     return fill.value * LOG2E if fill.value * LOG2E >= FP32_MIN else max(fill.value, FP32_MIN)
 
 
-def fill_text(fill: Fill) -> str:
+def fill_text(fill: Fill, *, base2: bool = True) -> str:
     """Return ``s`` with hidden positions filled, as kernel text."""
-    value = 'float("-inf")' if fill.value == -math.inf else repr(hidden(fill))
+    value = 'float("-inf")' if fill.value == -math.inf else repr(hidden(fill) if base2 else fill.value)
     return f"tl.where(keep, s, {'s + ' if fill.how == 'add' else ''}{value})"
 
 
@@ -124,14 +124,17 @@ def overflows(fill: Fill) -> bool:
     return math.isfinite(fill.value) and fill.value * LOG2E < FP32_MIN
 
 
-def has_softcap(spec: AttentionSpec) -> bool:
+def has_tanh(spec: AttentionSpec) -> bool:
     """Say whether the kernel needs a tanh."""
-    return any(isinstance(s, Softcap) or (isinstance(s, Pointwise) and uses_tanh(s)) for s in spec.scores)
+    weighs = [Pointwise(spec.norm.expr)] if isinstance(spec.norm, Elementwise) else []
+    return any(
+        isinstance(s, Softcap) or (isinstance(s, Pointwise) and uses_tanh(s)) for s in (*spec.scores, *weighs)
+    )
 
 
 def reference_fill(fill: Fill) -> str:
     """Return ``s`` filled, in torch; ``keep`` is the mask."""
-    value = "-math.inf" if fill.value == -math.inf else repr(max(fill.value, FP32_MIN))
+    value = 'float("-inf")' if fill.value == -math.inf else repr(max(fill.value, FP32_MIN))
     if fill.how == "replace":
         return f"s.masked_fill(~keep, {value})"
     return f"s + torch.zeros_like(s).masked_fill(~keep, {value})"

@@ -196,13 +196,13 @@ KERNELS = (
     ),
     Code(
         "triton-score-step",
-        "Use scale, soft cap, bias or gain.",
-        "The Triton kernel has no other score steps.",
+        "Write the score by scale, soft cap, biases, factors and functions that Triton has.",
+        "Kernels have no arc tangent, no powers, and no arithmetic on the number of a head or batch entry.",
     ),
     Code(
         "triton-normalizer",
-        "Use a softmax.",
-        "The Triton kernel normalizes by a softmax.",
+        "Use a softmax, or weights that are each a function of their own score.",
+        "The Triton kernel has these, and signed weights that are hidden by -inf.",
     ),
     Code(
         "triton-mask-kind",

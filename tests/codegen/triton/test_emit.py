@@ -14,6 +14,7 @@ from attnc.codegen.triton.configs import SHARED_LIMIT, Config, choose, shared_by
 from attnc.codegen.triton.emit import spec_of
 from attnc.codegen.triton.holes import argument_types
 from attnc.codegen.triton.inputs import name_inputs
+from attnc.codegen.triton.store import load
 from attnc.errors import CodegenError, UnsupportedError
 from attnc.printer import parse
 
@@ -57,6 +58,17 @@ def test_the_file_stands_alone_and_names_its_spec(corpus) -> None:
         assert "\n\n\n\n" not in source
         long = [line for line in source.splitlines() if len(line) > 120 and not line.startswith("spec ")]
         assert not long, long
+
+
+def test_the_reference_in_the_file_is_the_spec_and_runs_without_the_interpreter(corpus) -> None:
+    """Triton's interpreter hands modules names of its own, such as ``math``, which hides a missing import."""
+    for name, spec in corpus.items():
+        module = load(emit(spec, name=name))
+        q, k, v, *captured = (x.double() if x.is_floating_point() else x for x in module._sample(2, "cpu"))
+        out, lse = module.reference(q, k, v, *captured)
+        want, want_lse = canonical(spec)(q, k, v, tuple(captured))
+        torch.testing.assert_close(out, want, rtol=1e-9, atol=1e-9, equal_nan=True, msg=name)
+        torch.testing.assert_close(lse, want_lse.double(), rtol=1e-9, atol=1e-9, msg=name)
 
 
 def test_only_constructs_that_both_supported_versions_have(corpus) -> None:

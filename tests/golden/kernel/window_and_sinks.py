@@ -226,7 +226,7 @@ def reference(q, k, v, work=torch.float64):
     s = q.to(work) @ k.to(work).mT
     s = s * 0.125
     keep = (ki <= qi) & (((ki >= qi - 20) & (ki <= qi)) | (ki < 4))
-    s = s.masked_fill(~keep, -math.inf)
+    s = s.masked_fill(~keep, float("-inf"))
     lse = torch.logsumexp(s, -1)
     weights = torch.softmax(s, -1)
     if work != torch.float64:
