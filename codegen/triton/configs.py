@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass, replace
 import torch
 
 from attnc.codegen.triton.inputs import name_inputs
-from attnc.ir import AttentionSpec
+from attnc.ir import AttentionSpec, Elementwise
 from attnc.masks import CAUSAL, Band, Full
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
@@ -108,7 +108,10 @@ def _pick(spec: AttentionSpec, arch: str, wide: int) -> Config:
     if spec.q.dtype == torch.float32:
         config = (_FLOAT_AMD if arch.startswith("gfx") else _FLOAT)[size]
         return replace(config, block_m=config.block_m // 2) if _loads_tiles(spec) and size == 32 else config
-    return (_LIGHT.get(size, {}).get(arch) if _is_light(spec) else None) or _HALF[size][arch]
+    config = (_LIGHT.get(size, {}).get(arch) if _is_light(spec) else None) or _HALF[size][arch]
+    if arch == "sm_100" and isinstance(spec.norm, Elementwise):  # 64 keys spill where nothing else is kept
+        return replace(config, block_n=32)
+    return config
 
 
 def _is_light(spec: AttentionSpec) -> bool:
