@@ -22,7 +22,7 @@ from attnc.codegen.onnx.export import EXTERNAL_AT
 from attnc.codegen.onnx.opening.files import custom_operators
 from attnc.codegen.onnx.parity import difference, graph_walk, scaled
 from attnc.codegen.onnx.reading import Reading
-from attnc.codegen.onnx.reading.symbols import evaluated
+from attnc.codegen.onnx.reading.symbols import Equal, Multiple, evaluated
 from attnc.codegen.onnx.reading.tensors import torch_type
 from attnc.codegen.onnx.runtime import Session, failures
 from attnc.errors import CodegenError
@@ -135,7 +135,7 @@ def _agreement(
 
 
 def _first_run(
-    session: Session, model: ir.Model, equal: Mapping[str, str | int], which: int
+    session: Session, model: ir.Model, equal: Mapping[str, Equal], which: int
 ) -> tuple[dict[str, int], Feeds, Feeds]:
     """Run the model at the first sizes at which it runs; return sizes, inputs and outputs."""
     why, errors = "", (*failures(), RuntimeError)
@@ -262,15 +262,18 @@ def _sizes(model: ir.Model, which: int) -> Iterator[dict[str, int]]:
         yield {name: BATCH[which] * 4 if batch else length for name, batch in free.items()}
 
 
-def _with_equal(sizes: Mapping[str, int], equal: Mapping[str, str | int]) -> dict[str, int]:
-    """Return the sizes with those that must be equal, or a number, as they must be."""
-    out = dict(sizes)
-    for name in out:
-        other: str | int = name
-        while isinstance(other, str) and other in equal:
-            other = equal[other]
-        out[name] = other if isinstance(other, int) else out.get(other, out[name])
-    return out
+def _with_equal(sizes: Mapping[str, int], equal: Mapping[str, Equal]) -> dict[str, int]:
+    """Return the sizes with those that must be equal, a number or a multiple as they must be."""
+
+    def of(name: str, free: int) -> int:
+        other = equal.get(name)
+        if isinstance(other, Multiple):
+            return other.times * of(other.part, max(1, free // other.times))
+        if isinstance(other, str):
+            return of(other, sizes.get(other, free))
+        return free if other is None else other
+
+    return {name: of(name, size) for name, size in sizes.items()}
 
 
 def make_feeds(model: ir.Model, sizes: Mapping[str, int]) -> Feeds:

@@ -57,7 +57,10 @@ def _require_as_many(r: Reader, before: Sequence[Any], after: Sequence[Any]) -> 
             right.remove(other)
     symbols = [n for n in (*left, *right) if not isinstance(n, int)]
     ours, theirs = (math.prod(n for n in side if isinstance(n, int)) for side in (left, right))
-    if len(symbols) != 1 or -1 in right or not ours or not theirs:
+    if -1 in right or not ours or not theirs:
+        return
+    r.symbols.require_same_product(left, right)
+    if len(symbols) != 1:
         return
     more, less = (theirs, ours) if symbols[0] in left else (ours, theirs)
     if more % less == 0:

@@ -16,7 +16,7 @@ from attnc.codegen.onnx.reading import elementwise, layers, layout
 from attnc.codegen.onnx.reading.inference import inferred
 from attnc.codegen.onnx.reading.known import FROM_SHAPE, KNOWN_RULES
 from attnc.codegen.onnx.reading.reader import KNOWN, Entry, Items, Reader, UnreadError
-from attnc.codegen.onnx.reading.symbols import EqualSizesError, Symbols
+from attnc.codegen.onnx.reading.symbols import Equal, EqualSizesError, Symbols
 from attnc.codegen.onnx.reading.tensors import torch_type
 from attnc.errors import CodegenError
 
@@ -44,7 +44,7 @@ class Reading:
         sizes: names of nodes that are symbolic sizes, to a value of the file and the element that it is.
         shape_readers: nodes of the file that read the shape of a value and no element, with its node's name.
         names: symbols to the names that the file has for the sizes.
-        equal: sizes that must be a number, or equal to another size, for the graph to run.
+        equal: sizes that must be a number or a multiple, or equal to another size, for the graph to run.
         assumed: what else was taken for granted of sizes, in words.
         unread: operators that are not read, how many there are of each, and why.
     """
@@ -56,7 +56,7 @@ class Reading:
     sizes: Mapping[str, tuple[ir.Value, int]]
     shape_readers: Sequence[tuple[ir.Node, str]]
     names: Mapping[str, str]
-    equal: Mapping[str, str | int]
+    equal: Mapping[str, Equal]
     assumed: tuple[str, ...]
     unread: Mapping[str, tuple[int, str]]
 
@@ -78,7 +78,7 @@ def read(model: ir.Model) -> Reading:
 
 def _read_again(model: ir.Model) -> Reading:
     """Read, and read again with what turned out on the way: sizes that are equal, nodes not to be run."""
-    equal: dict[str, str | int] = {}
+    equal: dict[str, Equal] = {}
     refused: set[int] = set()
     for _ in range(_MOST_EQUAL):
         try:
@@ -100,7 +100,7 @@ class _FixedSizeError(Exception):
         self.place = place
 
 
-def _read(model: ir.Model, equal: Mapping[str, str | int], refused: Collection[int]) -> Reading:
+def _read(model: ir.Model, equal: Mapping[str, Equal], refused: Collection[int]) -> Reading:
     r = Reader(Symbols(_fixed_sizes(model), equal), model.opset_imports.get("", 1))
     unread: dict[str, list[str]] = {}
     shape_readers: list[tuple[ir.Node, str]] = []

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+from torch.utils._sympy.functions import FloorDiv
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -18,22 +20,37 @@ if TYPE_CHECKING:
 Size = int | torch.SymInt
 
 
-class EqualSizesError(Exception):
-    """Two sizes with different names meet where only equal ones work: the graph is read again with one."""
+@dataclass(frozen=True, slots=True)
+class Multiple:
+    """A size that a number divides: ``times`` that many of the size called ``part``."""
 
-    def __init__(self, name: str, other: str | int) -> None:
+    times: int
+    part: str
+
+    def __str__(self) -> str:
+        return f"{self.times} * ({self.part})"
+
+
+Equal = str | int | Multiple
+"""What a size must be: as long as another one, a number, or a multiple of a number."""
+
+
+class EqualSizesError(Exception):
+    """A size must be another one for the graph to run: it is read again with that one in its place."""
+
+    def __init__(self, name: str, other: Equal) -> None:
         super().__init__(f"{name} = {other}")
         self.name, self.other = name, other
 
 
 class Symbols:
-    """Make sizes.  ``equal`` says which names stand for another name, or for a number.
+    """Make sizes.  ``equal`` says which names stand for another name, a number, or a multiple of one.
 
     Symbols are taken to be 2 or more, as in ``torch.export``.  Their hints are primes that are no fixed size
     of the graph (``fixed``), so that no two sizes are taken to be equal by accident.
     """
 
-    def __init__(self, fixed: Collection[int], equal: Mapping[str, str | int]) -> None:
+    def __init__(self, fixed: Collection[int], equal: Mapping[str, Equal]) -> None:
         self.env = ShapeEnv(duck_shape=False)
         self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
         self.equal = dict(equal)
@@ -47,6 +64,8 @@ class Symbols:
         known = self.equal.get(name)
         if isinstance(known, int):
             return known
+        if isinstance(known, Multiple):
+            return known.times * self.named(known.part)
         if known is not None:
             return self.named(known)
         if name not in self._made:
@@ -81,14 +100,37 @@ class Symbols:
         """See that two sizes which must be equal are known to be.
 
         Raises:
-            EqualSizesError: one is a symbol of its own, and the other is one or a number; the graph must be
-                read with both as one.
+            EqualSizesError: one is a symbol of its own, and the other is one or a number, or there is one
+                symbol in both, and one number for which they are equal; the graph must be read with that.
         """
         for one, other in ((a, b), (b, a)):
             name, known = self.name_of(one), other if isinstance(other, int) else self.name_of(other)
             nothing = isinstance(known, int) and known < 1
             if name is not None and known is not None and name != known and not nothing:
                 raise EqualSizesError(name, known)
+        rest = sympy.expand(_expr(a) - _expr(b))
+        (*symbols,) = rest.free_symbols
+        if len(symbols) == 1 and rest.is_polynomial(*symbols) and sympy.degree(rest, symbols[0]) == 1:
+            number = -rest.coeff(symbols[0], 0) / rest.coeff(symbols[0], 1)
+            name = self.names.get(str(symbols[0]))
+            if name is not None and number.is_Integer and number > 0:
+                raise EqualSizesError(name, int(number))
+
+    def require_same_product(self, before: Sequence[Size], after: Sequence[Size]) -> None:
+        """See that a size is a multiple where its quotient, times the divisor, must be the size again.
+
+        Raises:
+            EqualSizesError: it must be one, and is not known to be; the graph must be read with that.
+        """
+        left, right = (sympy.prod(map(_expr, sizes)) for sizes in (before, after))
+        for quotient in (left + right).atoms(FloorDiv):
+            size, divisor = quotient.args
+            name = self.names.get(str(size))
+            exact = {quotient: size / divisor}
+            if name is None or not divisor.is_Integer or sympy.expand(left - right) == 0:
+                continue
+            if sympy.expand(left.xreplace(exact) - right.xreplace(exact)) == 0:
+                raise EqualSizesError(name, Multiple(int(divisor), f"{name}/{divisor}"))
 
     def assume_order(self, a: Size, b: Size) -> tuple[Size, Size]:
         """Return two sizes, the smaller one first, and note it where that is not so for all sizes.
@@ -122,6 +164,10 @@ class Symbols:
     def name_of(self, size: Size) -> str | None:
         """Return the name of a size that is one symbol and no more."""
         return None if isinstance(size, int) else self.names.get(str(size.node.expr))
+
+
+def _expr(size: Size) -> sympy.Expr:
+    return sympy.Integer(size) if isinstance(size, int) else size.node.expr
 
 
 def _hint(size: Size) -> int:

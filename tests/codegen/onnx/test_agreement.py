@@ -60,6 +60,18 @@ def test_sizes_that_must_be_equal_are_tried_equal() -> None:
     assert len({sizes["S"] for sizes, _, _ in original.runs}) > 1
 
 
+def test_sizes_that_must_be_multiples_are_tried_as_such() -> None:
+    body = (
+        "s = Shape(x) i = Constant<value_ints=[0]>() j = Constant<value_ints=[1]>() b = Gather(s, i)"
+        " n = Gather(s, j) e = Constant<value_ints=[8]>() t = Div(n, e) to = Concat<axis=0>(b, t, e)"
+        " out = Reshape(x, to)"
+    )
+    model = model_of("float[B,S] x", body, "float[B,T,8] out")
+    original = Original(model, read(model), ())
+    assert original.runs
+    assert all(sizes["S"] % 8 == 0 for sizes, _, _ in original.runs)
+
+
 def test_a_changed_model_is_told_from_the_original() -> None:
     model = model_of("float[S,4] x", "out = Exp(x)", "float[S,4] out")
     original = Original(model, read(model), ())

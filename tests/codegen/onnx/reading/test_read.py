@@ -276,6 +276,28 @@ def test_graph_inside_of_a_node_keeps_what_it_reads_alive() -> None:
     assert [u.target for u in exp.users] == [unread]
 
 
+CHUNKS = (
+    "s = Shape(x) i = Constant<value_ints=[0]>() b = Gather(s, i) j = Constant<value_ints=[1]>()"
+    " n = Gather(s, j) e = Constant<value_ints=[8]>() t = Div(n, e) to = Concat<axis=0>(b, t, e)"
+)
+
+
+def test_size_that_is_parted_into_chunks_is_a_multiple() -> None:
+    body = f"{CHUNKS} out = Reshape(x, to)"
+    reading = read(ir.serde.deserialize_model(model_of("float[B,S] x", body)))
+    assert {n: str(other) for n, other in reading.equal.items()} == {"S": "8 * (S/8)"}
+    assert not reading.unread
+
+
+def test_size_of_which_a_sum_meets_a_number_is_a_number() -> None:
+    body = f"{CHUNKS} y = Reshape(x, to) a = Slice(y, j, m, j) out = Add(a, k)"
+    inputs = "float[B,S] x, float[6,8] k"
+    body = body.replace(" y = ", " m = Constant<value_ints=[-1]>() y = ")
+    reading = read(ir.serde.deserialize_model(model_of(inputs, body)))
+    assert {n: str(other) for n, other in reading.equal.items()} == {"S": "8 * (S/8)", "S/8": "8"}
+    assert not reading.unread
+
+
 def test_size_that_a_reshape_fixes_is_a_number() -> None:
     body = "s = Constant<value_ints=[6,4]>() out = Reshape(x, s)"
     reading = read(ir.serde.deserialize_model(model_of("float[B,3,4] x", body)))
