@@ -201,7 +201,7 @@ def export_onnx(
         check_free(state.attends[0])
     program = state.attends[0]
     return export(
-        program if target.startswith("standard") else separate_projections(program),
+        separate_projections(program) if target.startswith("ort-cpu") else program,
         Path(path),
         target=cast(Any, target),
         force=force,
