@@ -9,7 +9,7 @@ masked parts.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from attnc import formula
@@ -82,9 +82,9 @@ def outer(mask: Mask) -> tuple[Interval, ...]:
         case Range():
             return (Interval((), (f"tl.where((first < {mask.hi}) & (last >= {mask.lo}), sk, 0)",)),)
         case And(parts):
-            return tuple(_meet(x) for x in itertools.product(*map(outer, parts)))
+            return _all_meets(map(outer, parts))
         case Or(parts):
-            return tuple(x for p in parts for x in outer(p))
+            return tuple(dict.fromkeys(x for p in parts for x in outer(p)))
         case Not(part):
             return _complement(inner(part))
         case _:
@@ -106,9 +106,9 @@ def inner(mask: Mask) -> tuple[Interval, ...]:
         case Range():
             return (Interval((), (f"tl.where((first >= {mask.lo}) & (last < {mask.hi}), sk, 0)",)),)
         case And(parts):
-            return tuple(_meet(x) for x in itertools.product(*map(inner, parts)))
+            return _all_meets(map(inner, parts))
         case Or(parts):
-            return tuple(x for p in parts for x in inner(p))
+            return tuple(dict.fromkeys(x for p in parts for x in inner(p)))
         case Not(part):
             return _complement(outer(part))
         case _:
@@ -129,6 +129,11 @@ def _range(mask: Range) -> Interval:
     return Interval((str(mask.lo),) if mask.lo > 0 else (), (str(mask.hi),))
 
 
+def _all_meets(choices: Iterable[Iterable[Interval]]) -> tuple[Interval, ...]:
+    """Return what one of each has in common, each interval once."""
+    return tuple(dict.fromkeys(_meet(x) for x in itertools.product(*choices)))
+
+
 def _meet(parts: tuple[Interval, ...]) -> Interval:
     out = EVERYTHING
     for p in parts:
@@ -139,7 +144,7 @@ def _meet(parts: tuple[Interval, ...]) -> Interval:
 def _complement(intervals: tuple[Interval, ...]) -> tuple[Interval, ...]:
     """Return what lies outside all of them: below a lower bound or from an upper bound on, of each."""
     sides = [[Interval((), (lo,)) for lo in x.los] + [Interval((hi,), ()) for hi in x.his] for x in intervals]
-    return tuple(_meet(x) for x in itertools.product(*sides))
+    return _all_meets(sides)
 
 
 def spans(mask: Mask, fill: Fill) -> tuple[Span, ...]:
@@ -181,8 +186,10 @@ def _hull(parts: tuple[Interval, ...]) -> Interval:
 
 
 def fold(call: str, terms: tuple[str, ...] | list[str]) -> str:
-    """Return nested two-argument calls: ``tl.minimum(a, tl.minimum(b, c))``."""
-    return terms[0] if len(terms) == 1 else f"{call}({terms[0]}, {fold(call, terms[1:])})"
+    """Return nested two-argument calls, ``tl.minimum(a, tl.minimum(b, c))``, no deeper than they must be."""
+    each = list(dict.fromkeys(terms))
+    half = len(each) // 2
+    return each[0] if len(each) == 1 else f"{call}({fold(call, each[:half])}, {fold(call, each[half:])})"
 
 
 def may_skip(fill: Fill) -> bool:

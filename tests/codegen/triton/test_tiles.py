@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from attnc.codegen.triton import tiles
@@ -95,8 +95,18 @@ def kept(mask: Mask, sq: int, sk: int, seed: int = 0) -> torch.Tensor:
     return mask.keep(Grid(sq, sk, torch.device("cpu"), captured)).expand(1, 1, sq, sk)[0, 0]
 
 
+def test_equal_bounds_are_written_once_and_many_are_not_nested_deep() -> None:
+    assert tiles.fold("f", ["a", "b", "a", "c"]) == "f(a, f(b, c))"
+    many = tiles.fold("f", [f"x{i}" for i in range(64)])
+    assert max(many[:i].count("(") - many[:i].count(")") for i in range(len(many))) == 6
+    parted = Not(Not(Or(tuple(Range("k", 1, n) for n in (0, 0, 1)))))
+    assert tiles.outer(parted) == tuple(dict.fromkeys(tiles.outer(parted)))
+    assert visit(parted, Fill(), 0, 1, 2, 1, 2, int) is not None
+
+
 @settings(max_examples=200, deadline=None)
 @given(masks, fills, shapes, st.sampled_from([int, Int]))
+@example(Not(Not(Or((Range("k", 1, 0), Range("k", 1, 0), Range("k", 1, 1))))), Fill(), (1, 1, 2, 2), int)
 def test_loops_visit_every_visible_key_once_and_leave_the_mask_out_only_where_all_is_visible(
     mask, fill, shape, number
 ) -> None:
