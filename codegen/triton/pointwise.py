@@ -7,7 +7,7 @@ out by identities that lose at most a rounding or two (``expm1`` and ``log1p`` n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from attnc.ir import Pointwise
 from attnc.pointwise import POSITIONS, SCORE, Call, names
@@ -95,23 +95,16 @@ def kernel_lines(step: Pointwise, named: Mapping[str, str]) -> list[str]:
     An argument that a function reads more than once gets a name of its own.
     """
     lines: list[str] = []
-    positions = {"q": "rows[:, None].to(tl.float32)", "k": "cols[None, :].to(tl.float32)"}
 
-    def write(term: Term) -> str:
-        if isinstance(term, str):
-            return term if term == SCORE else named.get(term) or positions[term]
-        if not isinstance(term, Call):
-            return _number(term)
-        args = [write(a) for a in term.args]
-        if term.op in _INFIX:
-            return f"({args[0]} {_INFIX[term.op]} {args[1]})"
+    def called(term: Call, args: list[str]) -> str:
         form = _KERNEL[term.op]
         if form.count("{0}") > 1 and isinstance(term.args[0], Call):
             lines.append(f"x{len(lines)} = {_bare(args[0])}")
             args[0] = f"x{len(lines) - 1}"
         return form.format(*args)
 
-    value = _bare(write(step.term))
+    positions = {"q": "rows[:, None].to(tl.float32)", "k": "cols[None, :].to(tl.float32)"}
+    value = _bare(_written(step.term, {**positions, **named}, called))
     return [f"# {step}", *lines, f"s = {value}"]
 
 
@@ -120,16 +113,8 @@ def torch_text(step: Pointwise, named: Mapping[str, str]) -> str:
 
     Numbers stand as they are beside a tensor; a function of two tensors gets them as tensors.
     """
-    positions = {"q": "qi.to(work)", "k": "ki.to(work)"}
 
-    def write(term: Term) -> str:
-        if isinstance(term, str):
-            return term if term == SCORE else named.get(term) or positions[term]
-        if not isinstance(term, Call):
-            return _number(term)
-        args = [write(a) for a in term.args]
-        if term.op in _INFIX:
-            return f"({args[0]} {_INFIX[term.op]} {args[1]})"
+    def called(term: Call, args: list[str]) -> str:
         if term.op in ("maximum", "minimum"):
             args = [
                 f"s.new_tensor({a})" if isinstance(t, float) else a
@@ -137,7 +122,18 @@ def torch_text(step: Pointwise, named: Mapping[str, str]) -> str:
             ]
         return _TORCH.get(term.op, f"torch.{term.op}({', '.join(args)})").format(*args)
 
-    return _bare(write(step.term))
+    positions = {"q": "qi.to(work)", "k": "ki.to(work)"}
+    return _bare(_written(step.term, {**positions, **named}, called))
+
+
+def _written(term: Term, named: Mapping[str, str], called: Callable[[Call, list[str]], str]) -> str:
+    """Return a term as text: names by ``named``, operators between their operands, the rest by ``called``."""
+    if isinstance(term, str):
+        return term if term == SCORE else named[term]
+    if not isinstance(term, Call):
+        return _number(term)
+    args = [_written(a, named, called) for a in term.args]
+    return f"({args[0]} {_INFIX[term.op]} {args[1]})" if term.op in _INFIX else called(term, args)
 
 
 def reads_positions(step: Pointwise) -> bool:
