@@ -12,6 +12,7 @@ from dataclasses import astuple, dataclass, replace
 
 import torch
 
+from attnc.codegen.triton.heads import head_parts
 from attnc.codegen.triton.inputs import name_inputs
 from attnc.ir import AttentionSpec, Elementwise
 from attnc.masks import CAUSAL, Band, Full
@@ -64,6 +65,13 @@ _HALF = {
         "sm_100": Config(64, 64, 8, 2),
         "gfx942": Config(64, 32, 4, 1),
     },
+    576: {
+        "sm_80": Config(32, 32, 8, 1),
+        "sm_86": Config(16, 16, 4, 1),
+        "sm_90": Config(64, 32, 8, 1),
+        "sm_100": Config(64, 32, 8, 1),
+        "gfx942": Config(32, 16, 4, 1),
+    },
 }
 _LIGHT = {
     128: {"sm_80": Config(128, 64, 8, 2), "sm_90": Config(128, 128, 8, 2), "sm_100": Config(128, 128, 8, 2)}
@@ -74,18 +82,15 @@ _FLOAT = {
     64: Config(32, 32, 8, 2),
     128: Config(32, 16, 8, 1),
     256: Config(16, 16, 8, 1),
+    576: Config(16, 16, 8, 1),
 }
 _FLOAT_AMD = {
     32: Config(64, 32, 4, 2),
     64: Config(64, 32, 4, 2),
     128: Config(32, 32, 4, 2),
     256: Config(16, 32, 4, 1),
+    576: Config(16, 16, 4, 1),
 }
-
-
-def padded(size: int) -> int:
-    """Return the head size as the kernel's tiles have it: the next power of two, at least 16."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 def choose(spec: AttentionSpec) -> dict[str, Config]:
@@ -96,15 +101,13 @@ def choose(spec: AttentionSpec) -> dict[str, Config]:
 
 
 def head_sizes(spec: AttentionSpec) -> tuple[int, int]:
-    """Return the padded head sizes of keys and of values; they must be numbers."""
-    dqk, dv = spec.q.shape[3], spec.v.shape[3]
-    assert isinstance(dqk, int), f"expected a fixed head size, found {dqk}"
-    assert isinstance(dv, int), f"expected a fixed head size, found {dv}"
-    return padded(dqk), padded(dv)
+    """Return the head sizes of keys and of values as tiles have them; they must be numbers."""
+    keys, values = head_parts(spec)
+    return sum(x.size for x in keys), sum(x.size for x in values)
 
 
 def _pick(spec: AttentionSpec, arch: str, wide: int) -> Config:
-    size = max(32, wide)
+    size = min(n for n in _HALF if n >= wide)
     if spec.q.dtype == torch.float32:
         config = (_FLOAT_AMD if arch.startswith("gfx") else _FLOAT)[size]
         return replace(config, block_m=config.block_m // 2) if _loads_tiles(spec) and size == 32 else config

@@ -7,6 +7,7 @@ The same spec gives the same bytes.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -15,30 +16,37 @@ from typing import Any
 
 from attnc import logs
 from attnc.codegen.triton.canonical import canonical
-from attnc.codegen.triton.configs import Config, choose
+from attnc.codegen.triton.configs import Config
 from attnc.codegen.triton.formulas import problem as formula_problem
-from attnc.codegen.triton.holes import fill_holes
+from attnc.codegen.triton.heads import MOST
 from attnc.codegen.triton.inputs import FLOATS, problem
+from attnc.codegen.triton.kinds import KINDS, Kind
 from attnc.codegen.triton.pointwise import problem as pointwise_problem
 from attnc.errors import CodegenError, UnsupportedError
 from attnc.ir import AttentionSpec, Elementwise, Kernel, Miss, Plan, Pointwise, SignedSoftmax, Softmax
 from attnc.masks import And, Band, Dense, Formula, Full, Mask, Not, Or, Padding, Range
 from attnc.printer import parse
 
-MAX_HEAD = 256
 log = logs.get("codegen")
 
 
-def can_run(what: Plan | AttentionSpec) -> Miss | None:
-    """Return why no kernel can be emitted for a plan or a spec, or None."""
+def can_run(what: Plan | AttentionSpec, kind: str = "forward") -> Miss | None:
+    """Return why no kernel of this kind can be emitted for a plan or a spec, or None."""
     spec, node = (what.spec, what.match.output) if isinstance(what, Plan) else (what, what.q.name)
-    return next(_obstacles(spec, node), None)
+    found = itertools.chain(_obstacles(spec, node), _kind(kind).obstacles(spec, node))
+    return next(found, None)
+
+
+def _kind(name: str) -> Kind:
+    if name not in KINDS:
+        raise CodegenError(f"emit: expected a kind of kernel among {', '.join(KINDS)}, found {name!r}")
+    return KINDS[name]
 
 
 def _obstacles(spec: AttentionSpec, node: str) -> Iterator[Miss]:
     dims = (spec.q.shape[3], spec.k.shape[3], spec.v.shape[3])
-    if not all(isinstance(d, int) and 0 < d <= MAX_HEAD for d in dims) or dims[0] != dims[1]:
-        why = f"triton: expected fixed head sizes of 1 to {MAX_HEAD}, found {dims}"
+    if not all(isinstance(d, int) and 0 < d <= MOST for d in dims) or dims[0] != dims[1]:
+        why = f"triton: expected fixed head sizes of 1 to {MOST}, found {dims}"
         yield Miss("triton-head-size", node, why)
     dtypes = {x.dtype for x in (spec.q, spec.k, spec.v)}
     if len(dtypes) != 1 or not dtypes <= set(FLOATS):
@@ -77,27 +85,33 @@ def _known(mask: Mask) -> bool:
     return isinstance(mask, Full | Band | Range | Padding | Dense)
 
 
-def emit(spec: AttentionSpec, *, name: str = "site_0", configs: dict[str, Config] | None = None) -> Kernel:
-    """Return the kernel of ``spec`` as a complete file called ``name``.py.
+def emit(
+    spec: AttentionSpec,
+    *,
+    name: str = "site_0",
+    kind: str = "forward",
+    configs: dict[str, Config] | None = None,
+) -> Kernel:
+    """Return a kernel of ``spec`` as a complete file called ``name``.py.
 
     Specs that differ only in names and in sizes no kernel depends on give the same file and the same key.
-    ``configs`` replaces entries of the default table, per architecture (``sm_80``, ``sm_86``, ``sm_90``,
-    ``sm_100``, ``gfx942``, ``interpreter``).
+    ``kind`` is one of ``attnc.codegen.triton.kinds.KINDS``.  ``configs`` replaces entries of its default
+    table, per architecture (``sm_80``, ``sm_86``, ``sm_90``, ``sm_100``, ``gfx942``, ``interpreter``).
 
     Raises:
         UnsupportedError: ``can_run`` has a reason against it.
-        CodegenError: the name is not an identifier.
+        CodegenError: the name is not an identifier, or there is no such kind.
     """
     if not name.isidentifier():
         raise CodegenError(f"emit: expected a Python identifier as the kernel's name, found {name!r}")
-    miss = can_run(spec)
+    miss = can_run(spec, kind)
     if miss:
         raise UnsupportedError(f"{miss.why} (in {spec})")
-    own = canonical(spec)
-    holes = fill_holes(own, {**choose(own), **(configs or {})})
-    text = _render(holes, key="", kernel="kernel")
+    own, chosen = canonical(spec), _kind(kind)
+    holes = {"kind": kind, **chosen.fill(own, {**chosen.choose(own), **(configs or {})})}
+    text = _render(chosen.template, holes, key="", prefix="")
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return Kernel(name, _render(holes, key=key, kernel=f"{name}_kernel"), key)
+    return Kernel(name, _render(chosen.template, holes, key=key, prefix=f"{name}_"), key)
 
 
 def emit_all(specs: Sequence[AttentionSpec | str]) -> list[Kernel]:
@@ -136,11 +150,27 @@ def spec_of(source: str) -> AttentionSpec:
     return parse(found[1])
 
 
-def _render(holes: dict[str, Any], **more: str) -> str:
+def kind_of(source: str) -> str:
+    """Return the kind that an emitted file names in its header.
+
+    Raises:
+        CodegenError: the text has no such line.
+    """
+    found = re.search(r"^kind    (\w+)$", source, re.MULTILINE)
+    if not found:
+        raise CodegenError("expected an emitted kernel with a line 'kind    ..', found none")
+    return found[1]
+
+
+def _render(template: str, holes: dict[str, Any], **more: str) -> str:
     import jinja2
 
-    text = resources.files("attnc.codegen.triton").joinpath("templates/fwd.py.j2").read_text(encoding="utf-8")
+    folder = resources.files("attnc.codegen.triton").joinpath("templates")
     env = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    return env.from_string(text).render(**holes, **more)
+    return env.get_template(template).render(**holes, **more)

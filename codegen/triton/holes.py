@@ -1,4 +1,4 @@
-"""Compute what varies between emitted files: the text in each named hole of ``templates/fwd.py.j2``."""
+"""Compute what varies between emitted files: the text in each named hole of the templates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from attnc.codegen.triton import tiles
-from attnc.codegen.triton.configs import Config, head_sizes
+from attnc.codegen.triton.configs import Config
+from attnc.codegen.triton.heads import Part, head_parts
 from attnc.codegen.triton.inputs import Input, name_inputs
 from attnc.codegen.triton.pointwise import kernel_lines, reads_positions, torch_text
 from attnc.codegen.triton.steps import (
@@ -43,7 +44,7 @@ _ROLES = {
 
 
 def fill_holes(spec: AttentionSpec, configs: dict[str, Config]) -> dict[str, Any]:
-    """Return the value of every named hole of the template, for a canonical spec."""
+    """Return the value of every named hole of the frame and of the forward kernel, for a canonical spec."""
     inputs = name_inputs(spec)
     return {
         "spec": str(spec),
@@ -59,25 +60,42 @@ def fill_holes(spec: AttentionSpec, configs: dict[str, Config]) -> dict[str, Any
     }
 
 
+def part_names(name: str, found: tuple[Part, ...]) -> str:
+    """Return the names of what each part has of its own: ``acc`` or ``acc0, acc1``."""
+    return ", ".join(f"{name}{x.tag}" for x in found)
+
+
 def _head_holes(spec: AttentionSpec) -> dict[str, Any]:
-    """Return sizes, and bounds where a head size is padded to a power of two."""
-    dqk, dv = spec.q.shape[3], spec.v.shape[3]
-    block_d, block_e = head_sizes(spec)
-    d = f" & (d < {dqk})[None, :]" if block_d != dqk else ""
-    e = f" & (e < {dv})[None, :]" if block_e != dv else ""
+    """Return head sizes and their parts: names, and bounds where a part is wider than what it holds."""
+    k_parts, v_parts = head_parts(spec)
     return {
-        "dqk": dqk,
-        "dv": dv,
-        "block_d": block_d,
-        "block_e": block_e,
-        "q_mask": f"(rows < sq)[:, None]{d}",
-        "out_mask": f"(rows < sq)[:, None]{e}",
-        "k_masked": f"inside[:, None]{d}",
-        "v_masked": f"inside[:, None]{e}",
-        "k_full": f", mask={d.removeprefix(' & ')}, other=0.0" if d else "",
-        "v_full": f", mask={e.removeprefix(' & ')}, other=0.0" if e else "",
+        "dqk": spec.q.shape[3],
+        "dv": spec.v.shape[3],
+        "k_parts": k_parts,
+        "v_parts": v_parts,
+        "q_parts": [_tile_of(x, "q", "d", "(rows < sq)[:, None]") for x in k_parts],
+        "kv_parts": [
+            *(_tile_of(x, "k", "d", "inside[:, None]") for x in k_parts),
+            *(_tile_of(x, "v", "e", "inside[:, None]") for x in v_parts),
+        ],
+        "out_parts": [_tile_of(x, "out", "e", "(rows < sq)[:, None]") for x in v_parts],
+        "accs": part_names("acc", v_parts),
         # the default would be tf32, off by 3e-4
         "precision": ', input_precision="ieee"' if spec.q.dtype == torch.float32 else "",
+    }
+
+
+def _tile_of(part: Part, name: str, letter: str, rows: str) -> dict[str, Any]:
+    """Return the name of a part's tile, and the masks of a load or store: with its rows, and without."""
+    bound = part.bound(letter)
+    return {
+        "tag": part.tag,
+        "size": part.size,
+        "start": part.start,
+        "base": part.base,
+        "name": f"{name}{part.tag}",
+        "masked": f"{rows} & {bound}[None, :]" if bound else rows,
+        "full": f", mask={bound}[None, :], other=0.0" if bound else "",
     }
 
 
@@ -176,8 +194,13 @@ def _score_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, An
 def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any]:
     """Return the mask, the loops over keys, and what a tile is given."""
     masked = not isinstance(spec.mask, Full)
-    state = "acc, l, m" if not isinstance(spec.norm, Elementwise) else "acc"
-    given = [f"{state}, q, first, n,", "k_at, k_n, k_d, v_at, v_n, v_d,"]
+    k_parts, v_parts = head_parts(spec)
+    accs, queries = part_names("acc", v_parts), part_names("q", k_parts)
+    state = f"{accs}, l, m" if not isinstance(spec.norm, Elementwise) else accs
+    keys, values = (
+        ", ".join(f"{t}{x.tag}_at" for x in found) for t, found in (("k", k_parts), ("v", v_parts))
+    )
+    given = [f"{state}, {queries}, first, n,", f"{keys}, k_n, k_d, {values}, v_n, v_d,"]
     extra = [t for x in inputs if x.role != "sink" for t in _tile_terms(x)]
     given += [_row(extra)] if extra else []
     given.append("sq, sk,")
@@ -189,6 +212,7 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any
     weighs, fill = not isinstance(spec.norm, Elementwise), _visited(spec)
     floor = tiles.floor(spec.mask, fill) if masked and weighs else None
     return {
+        "state": state,
         "tile_params": [
             *given,
             "MASKED: tl.constexpr, UPCAST: tl.constexpr,",
@@ -240,8 +264,14 @@ def _weight_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, A
         "weigh_as": spec.norm.expr,
         "reference_weigh": torch_text(step, {}),
         **dict.fromkeys(("signed", "safe", "base2", "extreme", "sink"), False),
-        "start": [],
+        "start": _empty_sums(spec),
     }
+
+
+def _empty_sums(spec: AttentionSpec) -> list[str]:
+    """Return the lines that start the sums of weighted values."""
+    _, v_parts = head_parts(spec)
+    return [f"acc{x.tag} = tl.zeros([BLOCK_M, {x.size}], tl.float32)" for x in v_parts]
 
 
 def _softmax_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any]:
@@ -263,7 +293,7 @@ def _softmax_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, 
         ]
         reference = f"torch.full_like(lse[:1, :1, :1], {sink!r})"
     return {
-        "start": start,
+        "start": [*start, *_empty_sums(spec)],
         "sink": reference,
         "safe": spec.norm.safe and sink is None,
         "base2": wide_biases(spec, inputs),

@@ -142,8 +142,8 @@ def test_a_batch_of_one_does_not_make_an_axis_broadcast() -> None:
 
 
 def test_a_model_without_any_kernel_says_why(corpus) -> None:
-    wide = parse(str(corpus["plain"]).replace("32]:", "300]:"))
-    with pytest.raises(UnsupportedError, match="expected fixed head sizes of 1 to 256"):
+    wide = parse(str(corpus["plain"]).replace("32]:", "600]:"))
+    with pytest.raises(UnsupportedError, match="expected fixed head sizes of 1 to 576"):
         emit_all([wide, wide])
     with pytest.raises(UnsupportedError, match="found none: no sites"):
         emit_all([])
@@ -155,9 +155,9 @@ def test_a_model_without_any_kernel_says_why(corpus) -> None:
     ("change", "code", "why"),
     [
         (
-            ("32]:", "300]:"),
+            ("32]:", "600]:"),
             "triton-head-size",
-            r"expected fixed head sizes of 1 to 256, found \(300, 300, 300\)",
+            r"expected fixed head sizes of 1 to 576, found \(600, 600, 600\)",
         ),
         (("32]:", "d]:"), "triton-head-size", "fixed head sizes"),
         (("float32", "float64"), "triton-dtype", "found torch.float64"),

@@ -1,6 +1,7 @@
 """Attention, forward, as one fused Triton kernel; emitted by attnc for one site of a model, complete on its own.
 
 spec    attn q=bhqd[b,h,sq,32]:float32 k=bhkd[b,hkv,sk,32]:float32 v=bhke[b,hkv,sk,32]:float32 group=1 bias(bias0) bias(-bias1) mask=dense(seen) fill(replace,-inf) softmax(safe) with bias0=bhqk[1,h,sq,sk]:float32 with bias1=bhqk[b,1,1,sk]:float32 with seen=bhqk[b,1,sq,sk]:bool
+kind    forward
 formula out = softmax(steps(q @ k^T)) @ v in one pass over the keys, with a running maximum and sum per query
 source  FlashAttention-2 (arXiv:2307.08691), algorithm 1; online softmax (arXiv:1805.02867)
 key     <key>
@@ -61,10 +62,10 @@ def _tile(
     j = tl.arange(0, BLOCK_N)
     rows = first + i
     cols = n + j
-    d = tl.arange(0, 32)
-    e = tl.arange(0, 32)
     inside = cols < sk
+    d = tl.arange(0, 32)
     k_tile = k_at + tl.cast(n, tl.int64) * k_n + j[:, None] * k_n + d[None, :] * k_d
+    e = tl.arange(0, 32)
     v_tile = v_at + tl.cast(n, tl.int64) * v_n + j[:, None] * v_n + e[None, :] * v_d
     if MASKED:
         k = tl.load(k_tile, mask=inside[:, None], other=0.0)
@@ -124,15 +125,15 @@ def biases_kernel(
     last = tl.minimum(first + BLOCK_M, sq) - 1
     i = tl.arange(0, BLOCK_M)
     rows = first + i
-    d = tl.arange(0, 32)
-    e = tl.arange(0, 32)
     q_at = q_ptr + b * q_b + h * q_h + tl.cast(first, tl.int64) * q_m
     k_at = k_ptr + b * k_b + h * k_h
     v_at = v_ptr + b * v_b + h * v_h
     bias0_at = bias0_ptr + h * bias0_h + tl.cast(first, tl.int64) * bias0_q
     bias1_at = bias1_ptr + b * bias1_b
     seen_at = seen_ptr + b * seen_b + tl.cast(first, tl.int64) * seen_q
-    q = tl.load(q_at + i[:, None] * q_m + d[None, :] * q_d, mask=(rows < sq)[:, None], other=0.0)
+    d = tl.arange(0, 32)
+    q_tile = q_at + i[:, None] * q_m + d[None, :] * q_d
+    q = tl.load(q_tile, mask=(rows < sq)[:, None], other=0.0)
     if UPCAST:
         q = q.to(tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -149,12 +150,14 @@ def biases_kernel(
             sq, sk,
             MASKED=True, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
         )
-    out = acc / tl.where(l == 0.0, 1.0, l)[:, None]  # a query that sees no key gets zeros
+    total = tl.where(l == 0.0, 1.0, l)[:, None]  # a query that sees no key gets zeros
     lse = (m + tl.log2(l)) * 0.6931471805599453
     lse = tl.where(m < -2.3586574916681825e+38, m, lse)  # a row of scores that stood for themselves
     at = bh * sq + first
-    out_tile = out_ptr + at * 32 + i[:, None] * 32 + e[None, :]
-    tl.store(out_tile, out.to(out_ptr.dtype.element_ty), mask=(rows < sq)[:, None])
+    out_at = out_ptr + at * 32 + i[:, None] * 32
+    e = tl.arange(0, 32)
+    out = acc / total
+    tl.store(out_at + e[None, :], out.to(out_ptr.dtype.element_ty), mask=(rows < sq)[:, None])
     tl.store(lse_ptr + at + i, lse, mask=rows < sq)
 
 

@@ -1,6 +1,7 @@
 """Attention, forward, as one fused Triton kernel; emitted by attnc for one site of a model, complete on its own.
 
 spec    attn q=bhqd[b,h,sq,32]:float32 k=bhkd[b,hkv,sk,32]:float32 v=bhke[b,hkv,sk,32]:float32 group=2 scale(0.125) mask=causal fill(replace,-inf) softmax
+kind    forward
 formula out = softmax(steps(q @ k^T)) @ v in one pass over the keys, with a running maximum and sum per query
 source  FlashAttention-2 (arXiv:2307.08691), algorithm 1; online softmax (arXiv:1805.02867)
 key     <key>
@@ -51,10 +52,10 @@ def _tile(
     j = tl.arange(0, BLOCK_N)
     rows = first + i
     cols = n + j
-    d = tl.arange(0, 32)
-    e = tl.arange(0, 32)
     inside = cols < sk
+    d = tl.arange(0, 32)
     k_tile = k_at + tl.cast(n, tl.int64) * k_n + j[:, None] * k_n + d[None, :] * k_d
+    e = tl.arange(0, 32)
     v_tile = v_at + tl.cast(n, tl.int64) * v_n + j[:, None] * v_n + e[None, :] * v_d
     if MASKED:
         k = tl.load(k_tile, mask=inside[:, None], other=0.0)
@@ -100,12 +101,12 @@ def causal_kernel(
     last = tl.minimum(first + BLOCK_M, sq) - 1
     i = tl.arange(0, BLOCK_M)
     rows = first + i
-    d = tl.arange(0, 32)
-    e = tl.arange(0, 32)
     q_at = q_ptr + b * q_b + h * q_h + tl.cast(first, tl.int64) * q_m
     k_at = k_ptr + b * k_b + h // 2 * k_h
     v_at = v_ptr + b * v_b + h // 2 * v_h
-    q = tl.load(q_at + i[:, None] * q_m + d[None, :] * q_d, mask=(rows < sq)[:, None], other=0.0)
+    d = tl.arange(0, 32)
+    q_tile = q_at + i[:, None] * q_m + d[None, :] * q_d
+    q = tl.load(q_tile, mask=(rows < sq)[:, None], other=0.0)
     if UPCAST:
         q = q.to(tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -129,11 +130,13 @@ def causal_kernel(
             sq, sk,
             MASKED=True, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
         )
-    out = acc / l[:, None]
+    total = l[:, None]
     lse = (m + tl.log2(l)) * 0.6931471805599453
     at = bh * sq + first
-    out_tile = out_ptr + at * 32 + i[:, None] * 32 + e[None, :]
-    tl.store(out_tile, out.to(out_ptr.dtype.element_ty), mask=(rows < sq)[:, None])
+    out_at = out_ptr + at * 32 + i[:, None] * 32
+    e = tl.arange(0, 32)
+    out = acc / total
+    tl.store(out_at + e[None, :], out.to(out_ptr.dtype.element_ty), mask=(rows < sq)[:, None])
     tl.store(lse_ptr + at + i, lse, mask=rows < sq)
 
 
