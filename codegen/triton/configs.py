@@ -23,6 +23,12 @@ SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232
 TMA = ("sm_90", "sm_100")
 """Where tensor descriptors are copies by hardware."""
 
+CAPABILITIES = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
+"""The key of the table by compute capability."""
+
+UNKNOWN = "sm_86"
+"""The key for any other NVIDIA GPU: the smallest tiles."""
+
 
 @dataclass(frozen=True, slots=True)
 class Config:
