@@ -114,14 +114,16 @@ def emit(
     return Kernel(name, _render(chosen.template, holes, key=key, prefix=f"{name}_"), key)
 
 
-def emit_all(specs: Sequence[AttentionSpec | str]) -> list[Kernel]:
+def emit_all(specs: Sequence[AttentionSpec | str], missed: Sequence[str] = ()) -> list[Kernel]:
     """Return one kernel per different computation among ``specs`` or their texts: site_0, site_1, ..
+
+    ``missed`` are reasons why other sites have no spec, for the message where there is no kernel.
 
     Raises:
         UnsupportedError: there are no specs, or none that a kernel can serve; each reason is given once.
     """
     kernels: dict[str, Kernel] = {}
-    reasons: dict[str, None] = {}
+    reasons = dict.fromkeys(missed)
     for given in specs:
         spec = parse(given) if isinstance(given, str) else given
         miss = can_run(spec)
