@@ -253,7 +253,8 @@ def emit(
     )
     sites = session(fast).report.sites
     missed = [f"{s.id}: {s.reason}" for s in sites if s.status == "missed"]
-    kernels: list[Kernel] = emit_all([s.spec for s in sites if s.spec and s.status != "missed"], missed)
+    specs = [s.details.get("at_example", s.spec) for s in sites if s.spec and s.status != "missed"]
+    kernels: list[Kernel] = emit_all(specs, missed)
     with write_directory(Path(directory), force=force) as folder:
         for k in kernels:
             (folder / f"{k.name}.py").write_text(k.source)

@@ -6,6 +6,7 @@ sinks, biases.  MiniLM is the real checkpoint, through the command line.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -157,6 +158,20 @@ def test_every_site_of_a_family_has_a_kernel_that_passes_its_own_test(
     assert [f.name for f in files] == [f"{k.name}.py" for k in kernels]
     for file in files:
         assert_passes(file)
+
+
+def test_where_head_sizes_are_free_the_kernel_is_for_those_of_the_example(tmp_path: Path) -> None:
+    class Attention(torch.nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return (q @ k.mT * 0.25).softmax(-1) @ v
+
+    args = tuple(torch.randn(2, 3, 5, size) for size in (8, 8, 12))
+    fast = attnc.optimize(Attention(), args, cost_model=False)
+    site = json.loads(fast.report.to_json())["sites"][0]
+    assert ",8]" not in site["spec"]
+    (kernel,) = attnc.emit(fast, tmp_path / "kernels")
+    spec = spec_of(kernel.source)
+    assert (spec.q.shape[3], spec.k.shape[3], spec.v.shape[3]) == (8, 8, 12)
 
 
 def test_a_model_without_a_kernel_says_which_sites_were_missed(tmp_path: Path) -> None:
