@@ -9,22 +9,24 @@ import torch
 
 from attnc.codegen.triton import tiles
 from attnc.codegen.triton.configs import Config
+from attnc.codegen.triton.formulas import positions
 from attnc.codegen.triton.heads import Part, head_parts
-from attnc.codegen.triton.inputs import Input, name_inputs
-from attnc.codegen.triton.pointwise import kernel_lines, reads_positions, torch_text
+from attnc.codegen.triton.inputs import Input, atoms, name_inputs
+from attnc.codegen.triton.pointwise import kernel_lines, reads_positions, torch_lines
 from attnc.codegen.triton.steps import (
     LEAST,
     LOG2E,
     fill_text,
-    has_tanh,
     kernel_steps,
     overflows,
+    own_functions,
     reference_fill,
     reference_steps,
     wide_biases,
 )
-from attnc.ir import AttentionSpec, Bias, Elementwise, Fill, Pointwise, SignedSoftmax
-from attnc.masks import Full
+from attnc.ir import AttentionSpec, Bias, Elementwise, Fill, Pointwise, RoundedSoftmax, SignedSoftmax
+from attnc.masks import Formula, Full
+from attnc.pointwise import names
 
 CASES = ((1, 1, 1, 1), (2, 2, 33, 17), (1, 2, 17, 65), (2, 1, 65, 65), (1, 2, 300, 300), (2, 2, 129, 513))
 """Batch, key/value heads, Sq and Sk of the self-test; the interpreter runs the first four."""
@@ -186,7 +188,7 @@ def _score_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, An
     """Return the score steps, and the loads that they need in each tile or once."""
     scoring = [x for x in inputs if x.role in ("bias", "gain", "side", "flag")]
     return {
-        "tanh": has_tanh(spec),
+        **own_functions(spec),
         "exact_tanh": spec.q.dtype == torch.float32,
         "two_log2e": repr(2 * LOG2E),
         "steps": kernel_steps(spec.scores, inputs, base2=not isinstance(spec.norm, Elementwise)),
@@ -194,7 +196,17 @@ def _score_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, An
         "early_loads": [_input(x) for x in inputs if not x.per_tile and x.role != "sink"],
         "reference_steps": reference_steps(spec.scores, inputs),
         "positions": any(isinstance(s, Pointwise) and reads_positions(s) for s in spec.scores),
+        "places": _places(spec),
     }
+
+
+def _places(spec: AttentionSpec) -> dict[str, str]:
+    """Return which of batch entry and head scores or mask read: the name in a tile, and in a program."""
+    read = {n for s in spec.scores if isinstance(s, Pointwise) for n in names(s.term)}
+    for atom in atoms(spec.mask):
+        if isinstance(atom, Formula):
+            read |= set(positions(atom.value))
+    return {x: n for n, x in (("b", "batch"), ("h", "head")) if n in read}
 
 
 def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: bool) -> dict[str, Any]:
@@ -208,6 +220,7 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: boo
     )
     given = [f"{state}, {queries}, first, n,", f"{keys}, k_n, k_d, {values}, v_n, v_d,"]
     extra = [t for x in inputs if x.role != "sink" for t in _tile_terms(x)]
+    extra += _places(spec)
     given += [_row(extra)] if extra else []
     given.append("sq, sk,")
 
@@ -247,7 +260,12 @@ def _tile_terms(x: Input) -> list[str]:
 
 
 def _visited(spec: AttentionSpec) -> Fill:
-    """Return the fill by which tiles are skipped: without a sum, what a hidden score weighs alone decides."""
+    """Return the fill by which tiles are skipped: without a sum, what a hidden score weighs alone decides.
+
+    To a signed softmax a low fill is a large magnitude.
+    """
+    if isinstance(spec.norm, SignedSoftmax):
+        return Fill() if spec.fill.value == -math.inf else Fill(0.0)
     if not isinstance(spec.norm, Elementwise):
         return spec.fill
     settles = spec.fill.how == "replace" or spec.fill.value == -math.inf
@@ -257,15 +275,15 @@ def _visited(spec: AttentionSpec) -> Fill:
 def _weight_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any]:
     """Return how scores become weights: by a running softmax, or each by a function of its own."""
     if not isinstance(spec.norm, Elementwise):
-        signed = isinstance(spec.norm, SignedSoftmax)
-        return {"weigh": [], "signed": signed, **_softmax_holes(spec, inputs)}
+        signed, rounded = (isinstance(spec.norm, x) for x in (SignedSoftmax, RoundedSoftmax))
+        return {"weigh": [], "signed": signed, "rounded": rounded, **_softmax_holes(spec, inputs)}
     step = Pointwise(spec.norm.expr)
     lines = kernel_lines(step, {})[1:]
     return {
         "weigh": [*lines[:-1], f"p = {lines[-1].removeprefix('s = ')}"],
         "weigh_as": spec.norm.expr,
-        "reference_weigh": torch_text(step, {}),
-        **dict.fromkeys(("signed", "safe", "base2", "extreme", "sink"), False),
+        "reference_weigh": torch_lines(step, {}),
+        **dict.fromkeys(("signed", "rounded", "safe", "base2", "extreme", "sink"), False),
         "start": _empty_sums(spec),
     }
 
@@ -314,6 +332,6 @@ def argument_types(spec: AttentionSpec) -> tuple[dict[str, str], dict[str, int]]
     types |= {f"{x.name}_ptr": f"*{_TYPES[x.operand.dtype]}" for x in inputs}
     types |= {f"{t}_{a}": "i32" for t, axes in (("q", "bhm"), ("k", "bhn"), ("v", "bhn")) for a in axes}
     types |= {s: "i32" for x in inputs for s in x.strides()}
-    types |= {name: "i32" for name in ("batch", "heads", "sq", "sk", "section")}
+    types |= {name: "i32" for name in ("heads", "sq", "sk", "all_heads", "section")}
     ones = {f"{t}_d": 1 for t in ("q", "k", "v")}
     return types, ones | {f"{x.name}_{x.axes[-1]}": 1 for x in inputs if x.axes}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from attnc.codegen.triton.configs import Config
-from attnc.ir import AttentionSpec, Miss
+from attnc.ir import AttentionSpec, Elementwise, Miss, SignedSoftmax, Softmax
 
 Configs = dict[str, Config]
 """Tiles by architecture: ``sm_80``, ``sm_86``, ``sm_90``, ``sm_100``, ``gfx942``, ``interpreter``."""
@@ -39,7 +39,8 @@ class Kind:
 
     ``template`` lies in ``templates/``; ``choose`` gives the default tiles of a canonical spec and ``fill``
     the value of each hole; ``obstacles`` yields what stands against it beside what no kernel can do, for a
-    spec and the node to blame.
+    spec and the node to blame.  ``norms`` are the normalizers whose weights it computes, and ``places`` the
+    positions that its expressions and masks may compute with (``head`` and ``batch`` in its tile).
     """
 
     name: str
@@ -48,3 +49,5 @@ class Kind:
     fill: Callable[[AttentionSpec, Configs], dict[str, Any]]
     obstacles: Callable[[AttentionSpec, str], Iterator[Miss]] = lambda spec, node: iter(())
     programs: tuple[Program, ...] = (Program(),)
+    norms: tuple[type, ...] = (Softmax, SignedSoftmax, Elementwise)
+    places: str = "qk"

@@ -85,7 +85,7 @@ def test_the_pointer_type_of_every_kernel_argument_is_known(corpus) -> None:
         )
         names = {a.arg for a in kernel.args.args if not a.annotation}  # the others are constants
         types, ones = argument_types(canonical(spec))
-        assert names | {"batch", "section"} == set(types) | set(ones)
+        assert names | {"all_heads", "section"} == set(types) | set(ones)
 
 
 def test_a_bias_that_broadcasts_over_queries_is_loaded_as_one_row(corpus) -> None:
