@@ -80,19 +80,19 @@ def _head_holes(spec: AttentionSpec) -> dict[str, Any]:
         "dv": spec.v.shape[3],
         "k_parts": k_parts,
         "v_parts": v_parts,
-        "q_parts": [_tile_of(x, "q", "d", "(rows < sq)[:, None]") for x in k_parts],
+        "q_parts": [tile_of(x, "q", "d", "(rows < sq)[:, None]") for x in k_parts],
         "kv_parts": [
-            *(_tile_of(x, "k", "d", "inside[:, None]") for x in k_parts),
-            *(_tile_of(x, "v", "e", "inside[:, None]") for x in v_parts),
+            *(tile_of(x, "k", "d", "inside[:, None]") for x in k_parts),
+            *(tile_of(x, "v", "e", "inside[:, None]") for x in v_parts),
         ],
-        "out_parts": [_tile_of(x, "out", "e", "(rows < sq)[:, None]") for x in v_parts],
+        "out_parts": [tile_of(x, "out", "e", "(rows < sq)[:, None]") for x in v_parts],
         "accs": part_names("acc", v_parts),
         # the default would be tf32, off by 3e-4
         "precision": ', input_precision="ieee"' if spec.q.dtype == torch.float32 else "",
     }
 
 
-def _tile_of(part: Part, name: str, letter: str, rows: str) -> dict[str, Any]:
+def tile_of(part: Part, name: str, letter: str, rows: str) -> dict[str, Any]:
     """Return the name of a part's tile, and the masks of a load or store: with its rows, and without."""
     bound = part.bound(letter)
     return {
@@ -230,7 +230,7 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: boo
         last = f"MASKED={needs_mask}, {loads}UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,"
         return [f"{state} = _tile(", *(f"    {line}" for line in [*given, last]), ")"]
 
-    weighs, fill = not isinstance(spec.norm, Elementwise), _visited(spec)
+    weighs, fill = not isinstance(spec.norm, Elementwise), visited(spec)
     floor = tiles.floor(spec.mask, fill) if masked and weighs else None
     return {
         "descriptors": descriptors,
@@ -245,7 +245,7 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: boo
         "mask_loads": [_input(x) for x in inputs if x.role in ("valid", "seen", "ids") and x.per_tile],
         "loops": tiles.loops(spec.mask, fill, call),
         "floor": "" if floor is None else repr(floor),
-        "restart": tiles.loop("0", "sk", call(True), "tl.range({}, {}, BLOCK_N, num_stages=1)"),
+        "restart": tiles.loop("0", "sk", call(True), "tl.range({}, {}, {}, num_stages=1)"),
         "grows": tiles.grows(spec.mask),
         "reference_keep": tiles.reference_keep(spec.mask, inputs) if masked else "",
         "reference_fill": reference_fill(spec.fill),
@@ -259,7 +259,7 @@ def _tile_terms(x: Input) -> list[str]:
     return [f"{x.name}_at", *(f"{x.name}_{a}" for a in x.axes if a in "qk")]
 
 
-def _visited(spec: AttentionSpec) -> Fill:
+def visited(spec: AttentionSpec) -> Fill:
     """Return the fill by which tiles are skipped: without a sum, what a hidden score weighs alone decides.
 
     To a signed softmax a low fill is a large magnitude.

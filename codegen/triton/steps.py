@@ -53,7 +53,7 @@ def kernel_steps(
     def keep(at: int, name: str) -> None:
         if kept is not None:
             lines.append(f"{name}{at} = s")
-            kept[at] = factor
+            kept[at] = factor / LOG2E if in_base2 and base2 else factor
 
     for at, step in enumerate(steps):
         if isinstance(step, Scale):
@@ -107,7 +107,6 @@ def reference_steps(steps: Sequence[Step], inputs: tuple[Input, ...]) -> list[st
         elif isinstance(step, Softcap):
             lines.append(f"s = {step.cap!r} * torch.tanh(s / {step.cap!r})")
         elif isinstance(step, Gain):
-            keep(at, "s")
             lines.append(f"s = s * {find(inputs, step.operand, 'bhqk').tensor}.to(work)")
         elif isinstance(step, Pointwise):
             named = {n: _side(find(inputs, n, "bhqk")) for n in step.operands}

@@ -1,0 +1,16 @@
+"""The gradients of q, k, v and captured float tensors, from those of the output and of the log-sum-exp.
+
+Weights are computed again in each tile, never stored, and nothing is added atomically: one program owns each
+number that is written, so results repeat bit for bit.  Kernels of one file: ``rows`` (what each query needs
+once), ``dq`` (queries held, keys visited), ``dkdv`` (keys held, queries visited), and one per captured tensor
+of pairs that broadcasts over batch entries or heads, whose gradient is summed over these.
+Source: FlashAttention-2 (arXiv:2307.08691), algorithm 2.
+"""
+
+from __future__ import annotations
+
+from attnc.codegen.triton.backward import fill_holes
+from attnc.codegen.triton.configs import choose
+from attnc.codegen.triton.kinds.kind import Kind
+
+KIND = Kind("backward", "bwd.py.j2", choose, fill_holes)
