@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from attnc.codegen.triton import holes, tiles
-from attnc.codegen.triton.configs import Config
+from attnc.codegen.triton.configs import Config, choose_keys
 from attnc.codegen.triton.heads import Part, head_parts
 from attnc.codegen.triton.inputs import Input, name_inputs
 from attnc.codegen.triton.slopes import Chain, chain, weigh_slope
@@ -25,7 +25,7 @@ _OTHER = {"top": 'float("inf")', "share": "1.0", "delta": "0.0"}
 
 def fill_holes(spec: AttentionSpec, configs: dict[str, Config]) -> dict[str, Any]:
     """Return the value of every named hole, for a canonical spec."""
-    frame = holes.fill_holes(spec, configs)
+    frame = holes.fill_holes(spec, configs, descriptors=False)
     own = _Backward(spec, frame)
     return {**frame, **own.heads(), **own.pairs(), **own.tiles(), **own.loops(), **own.calls(), **own.grads()}
 
@@ -34,12 +34,20 @@ NEAR = -32.0
 """A fill nearer to zero leaves rows of fills with a log-sum-exp like that of other rows, which fp32 holds."""
 
 
+def extra_kernels(spec: AttentionSpec) -> tuple[str, ...]:
+    """Return the kernels that only some specs have, as they end their names: over rows, and of captured tensors."""
+    inputs = name_inputs(spec)
+    rows = () if isinstance(spec.norm, Elementwise) else ("rows_kernel",)
+    return (*rows, *(f"d_{g.x.name}_kernel" for g in captured_grads(spec, inputs) if g.kind == "summed"))
+
+
 @dataclass(frozen=True, slots=True)
 class Low:
-    """Scores so low that a row needs care, in base 2; None where no row can be.
+    """Log-sum-exps so low that a row needs care, in base 2; None where no row can be.
 
-    ``refine``: at or below it fp32 does not hold a row's log-sum-exp well enough to divide by.  ``spread``: at
-    or below it a row may weigh keys that the mask hides.
+    ``refine``: at or below it fp32 does not hold the log-sum-exp well enough to divide by.  ``spread``: at or
+    below it a row may weigh keys that the mask hides.  A signed softmax knows magnitudes only: what is low
+    to others is high to it.
     """
 
     refine: float | None
@@ -55,20 +63,18 @@ def low(spec: AttentionSpec, inputs: tuple[Input, ...]) -> Low:
     if isinstance(spec.norm, Elementwise):
         return Low(None, None)
     masked, value = not isinstance(spec.mask, Full), spec.fill.value
+    signed = isinstance(spec.norm, SignedSoftmax)
     fills = masked and math.isfinite(value) and value <= NEAR
-    fills = fills and (may_hide_a_whole_row(spec.mask) or value > tiles.FAR)
+    fills = fills and (may_hide_a_whole_row(spec.mask) or value > tiles.FAR or signed)
     bounds = [hidden(spec.fill) / 2] if fills else []
-    skips = masked and tiles.may_skip(spec.fill)
+    skips = masked and tiles.may_skip(holes.visited(spec))
     spread = bounds[0] if fills and skips else None
     unsure = may_hide_a_whole_row(spec.mask) or any(isinstance(s, Bias | Pointwise) for s in spec.scores)
     if skips and value == -math.inf and unsure and not spec.norm.safe and spec.norm.sink is None:
         spread = -math.inf  # NaN everywhere, as in eager torch
-    biased = wide_biases(spec, inputs) or any(isinstance(s, Bias) for s in spec.scores)
-    if biased and not isinstance(spec.norm, SignedSoftmax):
+    if wide_biases(spec, inputs) or any(isinstance(s, Bias) for s in spec.scores):
         bounds.append(tiles.LOW * LOG2E)
     return Low(max(bounds, default=None), spread)
-
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +90,12 @@ class Grad:
         if set("qk") <= set(self.x.axes):
             return "pairs" if set("bh") <= set(self.x.axes) else "summed"
         return "columns" if "k" in self.x.axes else "rows"
+
+
+def captured_grads(spec: AttentionSpec, inputs: tuple[Input, ...]) -> list[Grad]:
+    """Return the gradients of captured tensors that scores read; ``at`` counts in (q, k, v, *captured)."""
+    at = {o.name: 3 + i for i, o in enumerate(spec.captured)}
+    return [Grad(x, at[x.operand.name]) for x in inputs if x.role in ("bias", "gain", "side")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +126,7 @@ class _Backward:
         self.k_parts, self.v_parts = head_parts(spec)
         self.chain: Chain = chain(spec.scores, self.inputs, base2=self.weighs)
         self.stats = ["top", *(["share"] if self.low.refine is not None else []), "delta"] if self.weighs else []
-        at = {o.name: 3 + i for i, o in enumerate(spec.captured)}
-        scoring = [x for x in self.inputs if x.role in ("bias", "gain", "side")]
-        self.found = [Grad(x, at[x.operand.name]) for x in scoring]
+        self.found = captured_grads(spec, self.inputs)
         loads_keys = any(x.per_tile for x in self.pair_inputs)
         self.queries = tiles.QUERIES if loads_keys else replace(tiles.QUERIES, whole=tiles.EVERYTHING)
 
@@ -152,9 +162,8 @@ class _Backward:
 
     def captured_terms(self) -> list[str]:
         """Return what a tile is told of captured tensors: addresses, and strides along queries and keys."""
-        return _optional(
-            *(t for x in self.pair_inputs for t in (f"{x.name}_at", *(f"{x.name}_{a}" for a in x.axes if a in "qk")))
-        )
+        terms = [t for x in self.pair_inputs for t in (f"{x.name}_at", *_pair_strides(x))]
+        return _optional(*terms, *self.frame["places"])
 
     def pairs(self) -> dict[str, Any]:
         """Return the function from contractions to weights and gradients, pair by pair."""
@@ -187,13 +196,14 @@ class _Backward:
         if isinstance(norm, Elementwise):
             slope, steep = weigh_slope(norm)
             return [*self.frame["weigh"], *slope], steep
+        share = " * share" if "share" in self.stats else ""
         if isinstance(norm, SignedSoftmax):
             return [
                 "sign = tl.where(s > 0.0, 1.0, tl.where(s < 0.0, -1.0, 0.0))",
-                'p = tl.exp2(tl.where(s == float("-inf"), s, tl.abs(s)) - top) * sign',
+                's = tl.where(s == float("-inf"), s, tl.abs(s))',
+                f"p = tl.exp2(s - top){share} * sign",
                 "ds = p * (sign * dp - delta)",
             ], False
-        share = " * share" if "share" in self.stats else ""
         return [f"p = tl.exp2(s - top){share}", "ds = p * (dp - delta)"], False
 
     def _pull_args(self, rows: str, cols: str) -> list[str]:
@@ -268,7 +278,8 @@ class _Backward:
             "missed": f"{missed} & " if missed else "",
             "spread": "" if spread is None else _number(spread),
             "base2": self.frame["base2"] or self.frame["extreme"],
-            "keys_tile": holes.tile_order(mask, self.queries),
+            "tile": _turn(tiles.grows(mask)),
+            "keys_tile": _turn(tiles.grows(mask, self.queries)),
             "pair_bounds": [] if everything else tiles.bounds(mask, fill),
             "pair_seen": "" if everything else " | ".join(seen) or "False",
             **self._refined(),
@@ -277,7 +288,7 @@ class _Backward:
     def _refined(self) -> dict[str, Any]:
         """Return how the kernel over rows weighs a row of very low scores again."""
         if self.low.refine is None:
-            return {"refine": [], "low": ""}
+            return {"refine": [], "low": "", "depth": ""}
         visited = self.pairs()["visited"]
         body = [
             *_call(visited, "_visit", self.tiles()["visit_here"][:-1], True),
@@ -292,6 +303,7 @@ class _Backward:
             "refine": tiles.loop("0", "sk", body, "tl.range({}, {}, {}, num_stages=1)"),
             "refine_start": [*([f"{sink.name}_at = {_base(sink)}"] if sink else []), *start],
             "low": _number(self.low.refine),
+            "depth": "-top" if isinstance(self.spec.norm, SignedSoftmax) else "top",
         }
 
     # ------------------------------------------------------------ kernels and the launcher
@@ -339,7 +351,7 @@ class _Backward:
             "dkdv": [1, 2, *(g.at for g in self.of_kind("columns"))],
         }
         return {
-            "keys_configs": self.frame["configs"],
+            "keys_configs": [(arch, str(x)) for arch, x in choose_keys(self.spec).items()],
             "grads": [{"name": x.name} for x in self.inputs if x.role in ("bias", "gain", "side", "sink")],
             "row_grads": listed["rows"],
             "column_grads": listed["columns"],
@@ -391,6 +403,11 @@ def _passed(masked: str) -> str:
     return f"MASKED={masked}, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,"
 
 
+def _turn(grows: bool) -> str:
+    """Return which tile a program takes: the longest first."""
+    return "tiles - 1 - tl.program_id(0) % tiles" if grows else "tl.program_id(0) % tiles"
+
+
 def _number(x: float) -> str:
     return repr(x) if math.isfinite(x) else f'float("{x}")'
 
@@ -398,6 +415,10 @@ def _number(x: float) -> str:
 def _base(x: Input) -> str:
     """Return the address of an input's first element for a batch entry and a head."""
     return " + ".join([f"{x.name}_ptr", *(f"{a} * {x.name}_{a}" for a in x.axes if a in "bh")])
+
+
+def _pair_strides(x: Input) -> list[str]:
+    return [f"{x.name}_{a}" for a in x.axes if a in "qk"]
 
 
 def _pair(x: Input) -> dict[str, Any]:

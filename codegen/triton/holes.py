@@ -196,11 +196,11 @@ def _score_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, An
         "early_loads": [_input(x) for x in inputs if not x.per_tile and x.role != "sink"],
         "reference_steps": reference_steps(spec.scores, inputs),
         "positions": any(isinstance(s, Pointwise) and reads_positions(s) for s in spec.scores),
-        "places": _places(spec),
+        "places": batch_and_head(spec),
     }
 
 
-def _places(spec: AttentionSpec) -> dict[str, str]:
+def batch_and_head(spec: AttentionSpec) -> dict[str, str]:
     """Return which of batch entry and head scores or mask read: the name in a tile, and in a program."""
     read = {n for s in spec.scores if isinstance(s, Pointwise) for n in names(s.term)}
     for atom in atoms(spec.mask):
@@ -220,7 +220,7 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: boo
     )
     given = [f"{state}, {queries}, first, n,", f"{keys}, k_n, k_d, {values}, v_n, v_d,"]
     extra = [t for x in inputs if x.role != "sink" for t in _tile_terms(x)]
-    extra += _places(spec)
+    extra += batch_and_head(spec)
     given += [_row(extra)] if extra else []
     given.append("sq, sk,")
 
@@ -332,6 +332,10 @@ def argument_types(spec: AttentionSpec) -> tuple[dict[str, str], dict[str, int]]
     types |= {f"{x.name}_ptr": f"*{_TYPES[x.operand.dtype]}" for x in inputs}
     types |= {f"{t}_{a}": "i32" for t, axes in (("q", "bhm"), ("k", "bhn"), ("v", "bhn")) for a in axes}
     types |= {s: "i32" for x in inputs for s in x.strides()}
-    types |= {name: "i32" for name in ("heads", "sq", "sk", "all_heads", "section")}
-    ones = {f"{t}_d": 1 for t in ("q", "k", "v")}
+    types |= {name: "i32" for name in ("batch", "heads", "kv_heads", "sq", "sk", "all_heads", "section")}
+    types |= {f"{t}_ptr": f"*{main}" for t in ("dout", "dq", "dk", "dv")}
+    types |= {f"{t}_ptr": "*fp32" for t in ("top", "share", "delta")}
+    types |= {f"{t}_{a}": "i32" for t in ("out", "dout") for a in "bhm"}
+    types |= {f"d_{x.name}_ptr": types[f"{x.name}_ptr"] if {*"qk"} <= {*x.axes} else "*fp32" for x in inputs}
+    ones = {f"{t}_d": 1 for t in ("q", "k", "v")} | {"out_e": 1, "dout_e": 1}
     return types, ones | {f"{x.name}_{x.axes[-1]}": 1 for x in inputs if x.axes}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from attnc.codegen.triton.inputs import Input, find
-from attnc.codegen.triton.pointwise import PAIRS, Term, bare, kernel_form, number
+from attnc.codegen.triton.pointwise import PAIRS, WIDE, Term, bare, kernel_form, number
 from attnc.codegen.triton.steps import kernel_steps, times
 from attnc.ir import Bias, Elementwise, Gain, Pointwise, Scale, Softcap, Step
 from attnc.pointwise import POSITIONS, SCORE, Call
@@ -105,6 +105,21 @@ def _gelu_tanh_slope(x: Term) -> Term:
     return product(0.5, _add(_add(1.0, t), product(product(x, _sub(1.0, _square(t))), inner)))
 
 
+def _power(x: Term, y: Term) -> Term:
+    """Return ``x ** (y - 1)``."""
+    if not isinstance(y, float):
+        return Call("pow", (x, _sub(y, 1.0)))
+    return 1.0 if y == 1.0 else x if y == 2.0 else Call("pow", (x, y - 1.0))
+
+
+def _logarithm(x: Term, y: Term) -> Term:
+    """Return the slope of ``x ** y`` along ``y``; a fixed exponent has no use for it."""
+    if isinstance(y, float):
+        return 0.0
+    slope = math.log(x) if isinstance(x, float) else Call("log", (x,))
+    return product(Call("pow", (x, y)), slope)
+
+
 RULES: Mapping[str, Rule] = {
     "neg": lambda g, x: (negative(g),),
     "abs": _smooth(_call("sign")),
@@ -130,11 +145,13 @@ RULES: Mapping[str, Rule] = {
     "elu": lambda g, x: (_where(Call("gt", (x, 0.0)), g, pulled(g, _exp(x))),),
     "gelu": _smooth(_gelu_slope),
     "gelu_tanh": _smooth(_gelu_tanh_slope),
+    "atan": _smooth(lambda x: _reciprocal(_add(1.0, _square(x)))),
     "erf": _smooth(lambda x: product(2 / math.sqrt(math.pi), _exp(negative(_square(x))))),
     "add": lambda g, x, y: (g, g),
     "sub": lambda g, x, y: (g, negative(g)),
     "mul": _smooth(lambda x, y: y, lambda x, y: x),
     "div": _smooth(lambda x, y: _reciprocal(y), lambda x, y: negative(_div(_div(x, y), y))),
+    "pow": lambda g, x, y: (pulled(g, product(y, _power(x, y))), pulled(g, _logarithm(x, y))),
     "maximum": _either("gt"),
     "minimum": _either("lt"),
     "where": lambda g, c, x, y: (0.0, _where(c, g, 0.0), _where(c, 0.0, g)),
@@ -144,7 +161,7 @@ RULES: Mapping[str, Rule] = {
 
 _STEEP = frozenset(
     ("exp", "exp2", "expm1", "log", "log1p", "sqrt", "rsqrt", "reciprocal", "div", "tan", "sinh", "cosh")
-    + ("gelu_tanh",)
+    + ("gelu_tanh", "pow")
 )
 """Functions whose slopes may be infinite or undefined at finite scores."""
 
@@ -184,16 +201,20 @@ def assign(
     reads: Counter[Term] = Counter()
     names, lines = dict(known), list[str]()
 
-    def form(op: str) -> str:
-        if op != PULL:
-            return kernel_form(op)
+    def form(t: Call) -> str:
+        if t.op != PULL:
+            return kernel_form(t)
         return "_times({0}, {1})" if steep else "({0} * {1})"
+
+    def name(text: str) -> str:
+        lines.append(f"y{len(lines)} = {bare(text)}")
+        return f"y{len(lines) - 1}"
 
     def count(t: Term) -> None:
         reads[t] += 1
         if isinstance(t, Call) and reads[t] == 1 and t not in known:
             for at, arg in enumerate(t.args):
-                for _ in range(form(t.op).count(f"{{{at}}}")):
+                for _ in range(form(t).count(f"{{{at}}}")):
                     count(arg)
 
     def write(t: Term) -> str:
@@ -201,18 +222,19 @@ def assign(
             return names[t]
         if not isinstance(t, Call):
             return named.get(t, t) if isinstance(t, str) else number(t)
-        text = form(t.op).format(*map(write, t.args))
+        args = [write(a) for a in t.args]
+        while sum(map(len, args)) > WIDE:
+            longest = max(range(len(args)), key=lambda i: len(args[i]))
+            args[longest] = name(args[longest])
+        text = form(t).format(*args)
         if reads[t] > 1:
-            names[t] = f"y{len(names) - len(known)}"
-            lines.append(f"{names[t]} = {bare(text)}")
+            names[t] = name(text)
         return names.get(t, text)
 
     for _, term in targets:
         count(term)
-    for name, term in targets:
-        value = "tl.zeros_like(dp)" if term == 0.0 else bare(write(term))
-        lines.append(f"{name} = {value}")
-    return lines
+    values = [(target, "tl.zeros_like(dp)" if term == 0.0 else bare(write(term))) for target, term in targets]
+    return [*lines, *(f"{target} = {value}" for target, value in values)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,23 @@ Source: FlashAttention-2 (arXiv:2307.08691), algorithm 2.
 
 from __future__ import annotations
 
-from attnc.codegen.triton.backward import fill_holes
-from attnc.codegen.triton.configs import choose
-from attnc.codegen.triton.kinds.kind import Kind
+from attnc.codegen.triton.backward import extra_kernels, fill_holes
+from attnc.codegen.triton.configs import choose_backward
+from attnc.codegen.triton.kinds.kind import Kind, Program
+from attnc.ir import AttentionSpec, Elementwise, RoundedSoftmax, SignedSoftmax, Softmax
 
-KIND = Kind("backward", "bwd.py.j2", choose, fill_holes)
+
+def _more(spec: AttentionSpec) -> tuple[Program, ...]:
+    return tuple(Program(name) for name in extra_kernels(spec))
+
+
+KIND = Kind(
+    "backward",
+    "bwd.py.j2",
+    choose_backward,
+    fill_holes,
+    programs=(Program("dq_kernel"), Program("dkdv_kernel", configs="KEYS_CONFIGS")),
+    norms=(Softmax, SignedSoftmax, RoundedSoftmax, Elementwise),
+    places="qkhb",
+    more=_more,
+)

@@ -41,6 +41,7 @@ class Kind:
     the value of each hole; ``obstacles`` yields what stands against it beside what no kernel can do, for a
     spec and the node to blame.  ``norms`` are the normalizers whose weights it computes, and ``places`` the
     positions that its expressions and masks may compute with (``head`` and ``batch`` in its tile).
+    ``more`` are programs that only some specs have.
     """
 
     name: str
@@ -51,3 +52,4 @@ class Kind:
     programs: tuple[Program, ...] = (Program(),)
     norms: tuple[type, ...] = (Softmax, SignedSoftmax, Elementwise)
     places: str = "qk"
+    more: Callable[[AttentionSpec], tuple[Program, ...]] = lambda spec: ()
