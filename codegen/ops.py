@@ -26,8 +26,8 @@ from attnc.printer import parse
 
 _FORWARD = "(Tensor q, Tensor k, Tensor v, Tensor[] captured, str spec) -> (Tensor, Tensor)"
 _BACKWARD = (
-    "(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor[] captured, str spec, bool[] needs)"
-    " -> Tensor[]"
+    "(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor[] captured, Tensor? out, Tensor? lse,"
+    " str spec, bool[] needs) -> Tensor[]"
 )
 
 
@@ -111,16 +111,39 @@ def attend_backward(
     k: Tensor,
     v: Tensor,
     captured: Sequence[Tensor],
+    out: Tensor | None,
+    lse: Tensor | None,
     spec: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Return the gradients of those of (q, k, v, *captured) that ``needs`` marks, in that order.
 
+    ``out`` and ``lse`` are what ``attend`` returned, None if they were not kept; kernels read them, plain
+    torch does not.  A gradient ``dout`` or ``dlse`` of None stands for zeros.
+    """
+    return gradients(parse(spec), q, k, v, captured, dout, dlse, needs)
+
+
+def gradients(
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor],
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Return the gradients of those of (q, k, v, *captured) that ``needs`` marks, in plain torch.
+
     The spec is run again: weights come from the scores and never from the log-sum-exp, so a row of large
     negative fills keeps its 1/n.  A gradient of None stands for zeros.
     Source: FlashAttention (arXiv:2205.14135), appendix B.4, with ``d lse / d s = weights`` added.
+
+    Raises:
+        ValueError: head counts or the number of captured tensors are not the spec's.
     """
-    grads = _gradients(parse(spec), q, k, v, captured, dout, dlse)
+    grads = _gradients(spec, q, k, v, captured, dout, dlse)
     wanted = (
         pair for pair, need in zip(zip((q, k, v, *captured), grads, strict=True), needs, strict=True) if need
     )
@@ -203,6 +226,8 @@ def _backward_fake(
     k: Tensor,
     v: Tensor,
     captured: Sequence[Tensor],
+    out: Tensor | None,
+    lse: Tensor | None,
     spec: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
@@ -213,18 +238,18 @@ def _backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, captured, spec = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *captured)
+    ctx.save_for_backward(q, k, v, *output, *captured)
     ctx.spec = spec
 
 
 def _autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, *captured = ctx.saved_tensors
+    q, k, v, out, lse, *captured = ctx.saved_tensors
     wants_captured = ctx.needs_input_grad[3]
     flags = wants_captured if isinstance(wants_captured, (list, tuple)) else [wants_captured] * len(captured)
     needs = [*ctx.needs_input_grad[:3], *flags]
     if dout is None and dlse is None:
         return None, None, None, [None] * len(captured), None
-    found = iter(torch.ops.attnc.attend_backward(dout, dlse, q, k, v, captured, ctx.spec, needs))
+    found = iter(torch.ops.attnc.attend_backward(dout, dlse, q, k, v, captured, out, lse, ctx.spec, needs))
     grads = [next(found) if need else None for need in needs]
     return grads[0], grads[1], grads[2], grads[3:], None
 
@@ -277,13 +302,13 @@ def _attend_loop(
 @attend_backward.register_vmap
 def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
     """Call once per element: batched gradients (``is_grads_batched``) are for Jacobians, not for speed."""
-    dout, dlse, q, k, v, captured, spec, needs = args
+    *given, captured, out, lse, spec, needs = args
     captured_dims = in_dims[5] if isinstance(in_dims[5], (list, tuple)) else [in_dims[5]] * len(captured)
-    tensors, dims = [dout, dlse, q, k, v, *captured], [*in_dims[:5], *captured_dims]
+    tensors, dims = [*given, out, lse, *captured], [*in_dims[:5], *in_dims[6:8], *captured_dims]
     rows = []
     for i in range(info.batch_size):
         one = [x if d is None or x is None else x.select(d, i) for x, d in zip(tensors, dims, strict=True)]
-        rows.append(torch.ops.attnc.attend_backward(*one[:5], one[5:], spec, needs))
+        rows.append(torch.ops.attnc.attend_backward(*one[:5], one[7:], *one[5:7], spec, needs))
     return [torch.stack(column) for column in zip(*rows, strict=True)], [0] * len(rows[0])
 
 
@@ -295,3 +320,22 @@ def _attend_cuda(
     from attnc.codegen.triton.launch import run
 
     return run(parse(spec), q, k, v, captured)
+
+
+@attend_backward.register_kernel("cuda")
+def _backward_cuda(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor],
+    out: Tensor | None,
+    lse: Tensor | None,
+    spec: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Run the emitted Triton kernels, or plain torch where none can serve the spec."""
+    from attnc.codegen.triton.launch import run_backward
+
+    return run_backward(parse(spec), q, k, v, captured, out, lse, dout, dlse, needs)

@@ -42,7 +42,7 @@ def _autograd(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
     wanted = ctx.needs_input_grad[3]
     flags = wanted if isinstance(wanted, (list, tuple)) else [wanted] * len(captured)
     needs = [*ctx.needs_input_grad[:3], *flags]
-    found = iter(torch.ops.attnc.attend_backward(dout, None, q, k, v, captured, ctx.spec, needs))
+    found = iter(torch.ops.attnc.attend_backward(dout, None, q, k, v, captured, None, None, ctx.spec, needs))
     dq, dk, dv, *rest = (next(found) if need else None for need in needs)
     return dq, dk, dv, rest, None
 
