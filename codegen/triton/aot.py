@@ -88,12 +88,13 @@ def compile_for(kernel: Kernel, module: ModuleType, target: str, program: Progra
     block_m, block_n, warps, stages = getattr(module, program.configs)[target]
     fn = getattr(module, f"{kernel.name}_{program.kernel}")
     types, ones = argument_types(spec_of(kernel.source))
-    constants: dict[str, Any] = {**ones, **program.constants, "BLOCK_M": block_m, "BLOCK_N": block_n}
+    constants: dict[str, Any] = {n: x for n, x in ones.items() if n in fn.arg_names}
+    constants |= {**program.constants, "BLOCK_M": block_m, "BLOCK_N": block_n}
     signature = {
         name: types.get(name, "constexpr") if name not in ones else "constexpr" for name in fn.arg_names
     }
     # What the launcher's real arguments are: aligned pointers and strides; lengths may be anything.
-    aligned = {(i,) for i, n in enumerate(fn.arg_names) if signature[n][0] == "*" or "_" in n}
+    aligned = {(i,) for i, n in enumerate(fn.arg_names) if signature[n][0] == "*" or n[-2:-1] == "_"}
     attrs = {i: [["tt.divisibility", 16]] for i in aligned if signature[fn.arg_names[i[0]]] != "constexpr"}
     where = (
         GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)

@@ -20,6 +20,7 @@ _CONSTANTS = [
     "BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,",
 ]
 _AXES = {"q": "bhmd", "k": "bhnd", "v": "bhnd", "out": "bhme", "dout": "bhme"}
+_FLOAT_ROLES = ("bias", "gain", "side", "sink")
 _OTHER = {"top": 'float("inf")', "share": "1.0", "delta": "0.0"}
 
 
@@ -389,7 +390,7 @@ class _Backward:
         }
         return {
             "keys_configs": [(arch, str(x)) for arch, x in choose_keys(self.spec).items()],
-            "grads": [{"name": x.name} for x in self.inputs if x.role in ("bias", "gain", "side", "sink")],
+            "grads": [{"name": x.name} for x in self.inputs if x.role in _FLOAT_ROLES],
             "row_grads": listed["rows"],
             "column_grads": listed["columns"],
             "pair_stores": listed["pairs"],
@@ -424,11 +425,11 @@ class _Backward:
 
     def _result(self, operand: str) -> str:
         """Return the gradient of a captured tensor in the launcher, from what kernels leave unsummed."""
-        views = {"rows": "[..., None]", "columns": "[:, :, None]"}
-        parts = [f"d_{g.x.name}" + views.get(g.kind, "") for g in self.found if g.x.operand.name == operand]
-        if self.spec.norm.sink == operand:
-            parts.append(f"d_{next(x.name for x in self.inputs if x.role == 'sink')}")
-        return " + ".join(parts) or "None"
+        parts = [f"d_{x.name}" for x in self.inputs if x.operand.name == operand and x.role in _FLOAT_ROLES]
+        if len(parts) < 2:
+            return parts[0] if parts else "None"
+        at = 3 + [o.name for o in self.spec.captured].index(operand)
+        return f"{' + '.join(parts)} if needs[{at}] else None"
 
 
 def _call(state: str, function: str, given: list[str], masked: bool) -> list[str]:

@@ -1,9 +1,9 @@
 """Run emitted backward kernels under Triton's interpreter, in a process of its own; print lines of JSON.
 
-Arguments are names of the corpus, ``short`` for fewer lengths, and ``broken``.  Each spec is run by the
-self-test in its file, and through ``attnc.codegen.triton.launch.run_backward``, after the forward kernel,
-against the executed spec's gradients in fp64.  With ``broken``, some files are broken on purpose, and the
-self-test has to notice.
+Arguments are names of the corpus, ``every_axis``, ``short`` for fewer lengths, and ``broken``.  Each spec is
+run by the self-test in its file, and through ``attnc.codegen.triton.launch.run_backward``, after the forward
+kernel, against the executed spec's gradients in fp64.  With ``broken``, some files are broken on purpose, and
+the self-test has to notice.
 """
 
 from __future__ import annotations
@@ -31,6 +31,13 @@ from attnc.printer import parse
 LENGTHS = {torch.float32: ((17, 63), (65, 65)), torch.float16: ((33, 129), (65, 65))}
 SHORT = {torch.float32: ((17, 63),), torch.float16: ((65, 65),)}
 HUGE = 1e6
+EVERY_AXIS = (
+    "attn q=bhqd[b,h,s,16]:float32 k=bhkd[b,hkv,t,16]:float32 v=bhke[b,hkv,t,16]:float32 group=2"
+    " gain(per_query) bias(whole) bias(-shared) bias(per_key) mask=causal fill(add,-1e9) softmax"
+    " with per_query=bhqk[b,h,s,1]:float32 with whole=bhqk[b,h,s,t]:float32"
+    " with shared=bhqk[1,1,s,t]:float32 with per_key=bhqk[b,1,1,t]:float16"
+    " with unread=bhqk[1,h,1,1]:float32"
+)
 BREAKS = (
     ("causal", "keep = ki <= qi", "keep = ki < qi"),
     ("causal", "h = kv_head * 2 + member", "h = kv_head + member"),
@@ -105,6 +112,18 @@ def compare(spec: AttentionSpec, sq: int, sk: int) -> dict[str, object]:
     return {"errors": errors, "undefined": undefined, "hidden_rows": int((lse.abs() >= HUGE).sum())}
 
 
+def alone(spec: AttentionSpec) -> list[bool]:
+    """Say of each gradient whether it has the same bits if it is the only one that is wanted."""
+    q, k, v, *captured = draw(spec, 2, 2, 17, 40)
+    out, lse = run(spec, q, k, v, captured)
+    given, count = (spec, q, k, v, captured, out, lse, torch.ones_like(out), None), 3 + len(captured)
+    together = run_backward(*given, [True] * count)
+    return [
+        torch.equal(x, *run_backward(*given, [i == at for i in range(count)]))
+        for at, x in enumerate(together)
+    ]
+
+
 def self_test(spec: AttentionSpec, name: str) -> dict[str, object]:
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
@@ -137,6 +156,10 @@ def main(names: list[str]) -> None:
                     continue
                 result = compare(typed, sq, sk)
                 print(json.dumps({"run": f"{name} {dtype} {sq} {sk}", **result}), flush=True)
+    if "every_axis" in names:
+        spec = parse(EVERY_AXIS)
+        result = {**compare(spec, 17, 63), "alone": alone(spec)}
+        print(json.dumps({"run": "every_axis torch.float32 17 63", **result}), flush=True)
     for at, (name, old, new) in enumerate(BREAKS if "broken" in names else ()):
         found = notices(corpus[name], name, at, old, new)
         print(json.dumps({"run": f"broken {name}: {old} -> {new}", "noticed": found}), flush=True)

@@ -44,7 +44,7 @@ def interpret(folder: Path, *names: str) -> dict[str, dict[str, object]]:
 
 @pytest.fixture(scope="session")
 def some(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
-    return interpret(tmp_path_factory.mktemp("kernels"), "short", *SOME)
+    return interpret(tmp_path_factory.mktemp("kernels"), "short", "every_axis", *SOME)
 
 
 def check(found: dict[str, dict[str, object]], name: str) -> None:
@@ -65,6 +65,14 @@ def test_gradients_are_those_of_the_executed_spec(name: str, some) -> None:
 def test_rows_that_see_no_key_were_among_them(some) -> None:
     for name in ("left_padded", "mask_as_bias", "documents"):
         assert any(row["hidden_rows"] for run, row in some.items() if run.startswith(f"{name} torch."))
+
+
+def test_captured_tensors_may_vary_along_any_axes_and_each_gradient_can_be_had_alone(some) -> None:
+    (row,) = (row for run, row in some.items() if run.startswith("every_axis"))
+    assert len(row["errors"]) == 8
+    assert max(row["errors"]) <= 1
+    assert row["undefined"] == 0
+    assert row["alone"] == [True] * 8
 
 
 @pytest.mark.slow
