@@ -97,14 +97,14 @@ def _tile(
     return acc, l * shrink + tl.sum(p, 1), new_m
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "sq", "sk", "section"])
+@triton.jit(do_not_specialize=["heads", "sq", "sk", "all_heads", "section"])
 def documents_kernel(
     q_ptr, k_ptr, v_ptr, ids0_ptr, ids1_ptr, out_ptr, lse_ptr,
     q_b, q_h, q_m, q_d,
     k_b, k_h, k_n, k_d,
     v_b, v_h, v_n, v_d,
     ids0_b, ids0_q, ids1_b, ids1_k,
-    batch, heads, sq, sk, section,
+    heads, sq, sk, all_heads, section,
     DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """One program: tiles of BLOCK_M queries of one head, each with all the keys that they may see.
@@ -112,9 +112,9 @@ def documents_kernel(
     Programs take tiles in turns, those with the most keys first within each section of heads.
     """
     tiles = tl.cdiv(sq, BLOCK_M)
-    for turn in tl.range(tl.program_id(0), tiles * batch * heads, tl.num_programs(0), disable_licm=True):
+    for turn in tl.range(tl.program_id(0), tiles * all_heads, tl.num_programs(0), disable_licm=True):
         before = turn // (tiles * section) * section
-        width = tl.minimum(section, batch * heads - before)
+        width = tl.minimum(section, all_heads - before)
         tile = tiles - 1 - (turn - before * tiles) // width
         bh = tl.cast(before + (turn - before * tiles) % width, tl.int64)
         b = bh // heads
@@ -217,7 +217,7 @@ def launch(q, k, v, ids0, ids1, out, lse):
             *q.stride(), *k.stride(), *v.stride(),
             ids0.stride(0), ids0.stride(1),
             ids1.stride(0), ids1.stride(1),
-            batch, heads, sq, sk, section,
+            heads, sq, sk, batch * heads, section,
             DESCRIPTORS=descriptors,
             UPCAST=_interpreted(q) and q.dtype == torch.bfloat16,
             BLOCK_M=block_m,
