@@ -237,9 +237,7 @@ def _with_fixed_values(fast: nn.Module, state: Session) -> tuple[nn.Module, list
 def emit(
     model: nn.Module | str | os.PathLike[str], directory: str | os.PathLike[str], *, force: bool = False
 ) -> list[Kernel]:
-    """Write one readable, self-contained Triton file per distinct kernel of ``model``'s sites.
-
-    Return the kernels.
+    """Write one readable, self-contained Triton file per distinct kernel of ``model``'s sites; return them.
 
     Raises:
         UnsupportedError: no site can be emitted.
@@ -253,8 +251,10 @@ def emit(
         if isinstance(model, nn.Module) and "_attnc" in model.__dict__
         else optimize(model, cost_model=False)
     )
-    specs = [r.spec for r in session(fast).report.sites if r.spec and r.status != "missed"]
-    kernels: list[Kernel] = emit_all(specs)
+    sites = session(fast).report.sites
+    missed = [f"{s.id}: {s.reason}" for s in sites if s.status == "missed"]
+    specs = [s.details.get("at_example", s.spec) for s in sites if s.spec and s.status != "missed"]
+    kernels: list[Kernel] = emit_all(specs, missed)
     with write_directory(Path(directory), force=force) as folder:
         for k in kernels:
             (folder / f"{k.name}.py").write_text(k.source)

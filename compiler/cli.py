@@ -231,7 +231,7 @@ def emit(
         figures = work.kernel_figures(kernels, progress) if report else []
     screen.table(("kernel", "key"), [(k.name, k.key) for k in kernels])
     if figures:
-        shown = ("kernel", "target", "registers", "shared", "stack", "spills", "error")
+        shown = ("kernel", "program", "target", "registers", "shared", "stack", "spills", "error")
         screen.table(shown, [tuple("" if f[c] is None else str(f[c]) for c in shown) for f in figures])
     screen.line(f"saved to {output}")
     names = [{"name": k.name, "key": k.key} for k in kernels]

@@ -9,7 +9,7 @@ Sk, Dqk]``, v ``[B, Hkv, Sk, Dv]``, scores ``[B, H, Sq, Sk]``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -100,6 +100,11 @@ class AttentionSpec:
         """Return (Sq, Sk) in tokens, None where symbolic."""
         sq, sk = self.q.shape[2], self.k.shape[2]
         return (sq if isinstance(sq, int) else None), (sk if isinstance(sk, int) else None)
+
+    def with_head_sizes(self, dqk: int, dv: int) -> AttentionSpec:
+        """Return the spec for heads of these sizes, which may be symbolic where the operands are inputs."""
+        q, k = (replace(o, shape=(*o.shape[:3], dqk)) for o in (self.q, self.k))
+        return replace(self, q=q, k=k, v=replace(self.v, shape=(*self.v.shape[:3], dv)))
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captured: tuple[torch.Tensor, ...] = ()

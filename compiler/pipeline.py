@@ -26,7 +26,7 @@ from attnc.codegen.lower import lower
 from attnc.codegen.select import select
 from attnc.ir import AttentionSpec, Miss, Plan
 from attnc.passes.analyze.operands import Namer
-from attnc.passes.analyze.price import gain, hints, price, sizes
+from attnc.passes.analyze.price import gain, head_sizes, hints, price, sizes
 from attnc.passes.detect import Found, detect
 from attnc.passes.rewrite.apply import Rewriter
 from attnc.passes.rewrite.forms import Forms
@@ -110,6 +110,7 @@ def run(captured: Captured, options: Options, placeholders: Mapping[str, Any] | 
         jobs = [_planned(f, gate, options, known) for f in found]
         for job, names in zip(jobs, named, strict=True):
             job.details |= {"operands": names} if names else {}
+            job.head_sizes = head_sizes(job.found.match.spec, known)
     outcome = _rewrite_and_check(captured, original, jobs, options, placeholders, stages)
     nodes = {n.name: n for n in captured.work.nodes}
     outcome.records = [site_record(j, nodes) for j in jobs]

@@ -35,7 +35,8 @@ _KEPT = frozenset({"already-fused"})
 class Job:
     """One found site on its way: its plan if it is to be rewritten, else the Miss that says why not.
 
-    ``status`` is what a report says of it; ``passed`` the kernels that were passed over for the one chosen.
+    ``status`` is what a report says of it; ``passed`` the kernels that were passed over for the one chosen;
+    ``head_sizes`` those of the example where the spec's are symbolic.
     """
 
     found: Found
@@ -48,6 +49,7 @@ class Job:
     new_output: str = ""
     check: checks.Check | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    head_sizes: tuple[int, int] | None = None
 
     def put_back(self, why: str) -> None:
         """Give the site up after its check failed."""
@@ -96,6 +98,8 @@ def site_record(job: Job, nodes: Mapping[str, fx.Node]) -> SiteRecord:
     details: dict[str, Any] = {"trail": list(m.trail), "found": str(m.spec), **job.details}
     if job.found.terms:
         details["terms"] = [_term(t) for t in job.found.terms]
+    if job.head_sizes is not None:
+        details["at_example"] = str(spec.with_head_sizes(*job.head_sizes))
     if job.check is not None:
         details |= {"variant": job.check.variant, "gradients": job.check.gradients}
     return SiteRecord(

@@ -205,6 +205,31 @@ def test_values_written_later_are_not_linked() -> None:
     assert {"masked_fill_", "gt", "relu_", "x"} <= linked
 
 
+class KeysInParts(nn.Module):
+    """Puts the keys together by writes into an empty tensor, reads them, and may write to them again."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.again = again
+
+    def forward(self, q: torch.Tensor, plain: torch.Tensor, turned: torch.Tensor) -> torch.Tensor:
+        k = q.new_empty(q.shape)
+        k[..., :6] = plain
+        k[..., 6:] = turned
+        out = nn.functional.scaled_dot_product_attention(q, k, plain, is_causal=True, scale=0.25)
+        return out + k.mul_(2).sum() if self.again else out
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_keys_written_in_parts_are_linked_to_what_a_fused_call_reads(again: bool) -> None:
+    args = (torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 6), torch.randn(2, 1, 5, 2))
+    model = KeysInParts(again)
+    captured = capture_export(model, args, dynamic_shapes=None)
+    assert_links_hold(captured, model, args)
+    call = next(n for n in captured.work.nodes if "scaled_dot_product" in str(n.target))
+    assert (call.args[1].name in captured.links) == (not again)
+
+
 def test_a_value_out_of_a_higher_order_call_is_linked_through_its_user() -> None:
     class UnderAutocast(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

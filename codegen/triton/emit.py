@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import math
 import re
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -23,8 +22,9 @@ from attnc.codegen.triton.heads import MOST
 from attnc.codegen.triton.inputs import FLOATS, problem
 from attnc.codegen.triton.kinds import KINDS, Kind
 from attnc.codegen.triton.pointwise import problem as pointwise_problem
+from attnc.codegen.triton.steps import overflows
 from attnc.errors import CodegenError, UnsupportedError
-from attnc.ir import AttentionSpec, Elementwise, Kernel, Miss, Plan, Pointwise, SignedSoftmax, Softmax
+from attnc.ir import AttentionSpec, Elementwise, Kernel, Miss, Plan, Pointwise, SignedSoftmax
 from attnc.masks import And, Band, Dense, Formula, Full, Mask, Not, Or, Padding, Range
 from attnc.printer import parse
 
@@ -37,7 +37,8 @@ log = logs.get("codegen")
 def can_run(what: Plan | AttentionSpec, kind: str = "forward") -> Miss | None:
     """Return why no kernel of this kind can be emitted for a plan or a spec, or None."""
     spec, node = (what.spec, what.match.output) if isinstance(what, Plan) else (what, what.q.name)
-    found = itertools.chain(_obstacles(spec, node), _kind(kind).obstacles(spec, node))
+    chosen = _kind(kind)
+    found = itertools.chain(_obstacles(spec, node, chosen), chosen.obstacles(spec, node))
     return next(found, None)
 
 
@@ -47,7 +48,7 @@ def _kind(name: str) -> Kind:
     return KINDS[name]
 
 
-def _obstacles(spec: AttentionSpec, node: str) -> Iterator[Miss]:
+def _obstacles(spec: AttentionSpec, node: str, kind: Kind) -> Iterator[Miss]:
     dims = (spec.q.shape[3], spec.k.shape[3], spec.v.shape[3])
     if not all(isinstance(d, int) and 0 < d <= MOST for d in dims) or dims[0] != dims[1]:
         why = f"triton: expected fixed head sizes of 1 to {MOST}, found {dims}"
@@ -60,32 +61,33 @@ def _obstacles(spec: AttentionSpec, node: str) -> Iterator[Miss]:
     if spec.dropout:
         yield Miss("triton-dropout", node, f"triton: expected dropout 0, found {spec.dropout}")
     for step in spec.scores:
-        absent = pointwise_problem(step) if isinstance(step, Pointwise) else None
+        absent = pointwise_problem(step, kind.places) if isinstance(step, Pointwise) else None
         if absent is not None:
             yield Miss("triton-score-step", node, f"triton: {absent}, found {step}")
-    if not isinstance(spec.norm, Softmax | SignedSoftmax | Elementwise):
+    if not isinstance(spec.norm, kind.norms):
         why = f"triton: expected a softmax or weights element by element, found {spec.norm}"
         yield Miss("triton-normalizer", node, why)
-    if isinstance(spec.norm, SignedSoftmax) and spec.fill.value != -math.inf:
-        why = f"triton: a signed softmax makes the fill {spec.fill.value} a large magnitude"
+    if isinstance(spec.norm, SignedSoftmax) and overflows(spec.fill):
+        why = f"triton: a signed softmax makes the fill {spec.fill.value} a magnitude beyond fp32 in base 2"
         yield Miss("triton-normalizer", node, why)
     if isinstance(spec.norm, Elementwise) and (absent := pointwise_problem(Pointwise(spec.norm.expr))):
         yield Miss("triton-normalizer", node, f"triton: {absent}, found {spec.norm}")
-    if not _known(spec.mask):
-        why = f"triton: expected a mask of known parts, formulas small and over q and k, found {spec.mask}"
+    if not _known(spec.mask, kind.places):
+        over = ", ".join(kind.places)
+        why = f"triton: expected a mask of known parts, formulas small and over {over}, found {spec.mask}"
         yield Miss("triton-mask-kind", node, why)
     problems = problem(spec)
     if problems:
         yield Miss("triton-captured", node, f"triton: {problems}")
 
 
-def _known(mask: Mask) -> bool:
+def _known(mask: Mask, places: str) -> bool:
     if isinstance(mask, And | Or):
-        return all(map(_known, mask.parts))
+        return all(_known(p, places) for p in mask.parts)
     if isinstance(mask, Not):
-        return _known(mask.part)
+        return _known(mask.part, places)
     if isinstance(mask, Formula):
-        return formula_problem(mask.value) is None
+        return formula_problem(mask.value, places) is None
     return isinstance(mask, Full | Band | Range | Padding | Dense)
 
 
@@ -124,14 +126,16 @@ def _arches() -> str:
     return f'{{{rows}}}.get((major, minor), "{UNKNOWN}")'
 
 
-def emit_all(specs: Sequence[AttentionSpec | str]) -> list[Kernel]:
+def emit_all(specs: Sequence[AttentionSpec | str], missed: Sequence[str] = ()) -> list[Kernel]:
     """Return one kernel per different computation among ``specs`` or their texts: site_0, site_1, ..
+
+    ``missed`` are reasons why other sites have no spec, for the message where there is no kernel.
 
     Raises:
         UnsupportedError: there are no specs, or none that a kernel can serve; each reason is given once.
     """
     kernels: dict[str, Kernel] = {}
-    reasons: dict[str, None] = {}
+    reasons = dict.fromkeys(missed)
     for given in specs:
         spec = parse(given) if isinstance(given, str) else given
         miss = can_run(spec)

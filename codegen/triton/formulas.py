@@ -19,21 +19,31 @@ Number = tuple[str, bool]
 """A text, and whether it is proved to be at least 0."""
 
 
-def problem(e: Expr) -> str | None:
-    """Return what of a formula the kernel does not have: other symbols, products, large factors."""
+def problem(e: Expr, places: str = "qkhb") -> str | None:
+    """Return what of a formula the kernel does not have: other symbols, products, large factors.
+
+    ``places`` are the positions that it knows.
+    """
     reads = [x for x in E.walk(e) if x.op == "load"]
     for x in reads:
         if len(x.args[1]) > 2:
             return f"the mask reads {x.args[0]} per pair"
-    for x in E.walk(E.substitute(e, dict.fromkeys(reads, E.ZERO))):
-        if x.op == "index" and x.args[0] not in "qk":
-            return f"the mask depends on the index {x.args[0]}"
+    for name in positions(e):
+        if name not in places:
+            return f"the mask depends on the index {name}"
     for x in E.walk(e):
         if x.op == "poly" and any(len(m) > 1 for m, _ in E.terms(x)):
             return "the mask multiplies positions"
         if x.op == "poly" and sum(abs(c) for m, c in E.terms(x) if m) > LARGEST:
             return f"the mask multiplies positions by more than {LARGEST}"
     return None
+
+
+def positions(e: Expr) -> list[str]:
+    """Return the positions that a formula computes with, apart from where it reads tensors."""
+    reads = [x for x in E.walk(e) if x.op == "load"]
+    walked = E.walk(E.substitute(e, dict.fromkeys(reads, E.ZERO)))
+    return list(dict.fromkeys(str(x.args[0]) for x in walked if x.op == "index"))
 
 
 class Kernel:
@@ -47,8 +57,8 @@ class Kernel:
         return str(n), n >= 0
 
     def symbol(self, name: str) -> Number:
-        """Return positions as a column or a row, or a length."""
-        return {"q": "qi", "k": "ki", "Sq": "sq", "Sk": "sk"}[name], True
+        """Return positions as a column or a row, the head or batch entry, or a length."""
+        return {"q": "qi", "k": "ki", "h": "head", "b": "batch", "Sq": "sq", "Sk": "sk"}[name], True
 
     def read(self, operand: str, axes: str) -> Number:
         """Return the name of the loaded tile."""

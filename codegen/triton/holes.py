@@ -9,22 +9,24 @@ import torch
 
 from attnc.codegen.triton import tiles
 from attnc.codegen.triton.configs import Config
+from attnc.codegen.triton.formulas import positions
 from attnc.codegen.triton.heads import Part, head_parts
-from attnc.codegen.triton.inputs import Input, name_inputs
-from attnc.codegen.triton.pointwise import kernel_lines, reads_positions, torch_text
+from attnc.codegen.triton.inputs import Input, atoms, name_inputs
+from attnc.codegen.triton.pointwise import kernel_lines, reads_positions, torch_lines
 from attnc.codegen.triton.steps import (
     LEAST,
     LOG2E,
     fill_text,
-    has_tanh,
     kernel_steps,
     overflows,
+    own_functions,
     reference_fill,
     reference_steps,
     wide_biases,
 )
-from attnc.ir import AttentionSpec, Bias, Elementwise, Fill, Pointwise, SignedSoftmax
-from attnc.masks import Full, Mask
+from attnc.ir import AttentionSpec, Bias, Elementwise, Fill, Pointwise, RoundedSoftmax, SignedSoftmax
+from attnc.masks import Formula, Full
+from attnc.pointwise import names
 
 CASES = ((1, 1, 1, 1), (2, 2, 33, 17), (1, 2, 17, 65), (2, 1, 65, 65), (1, 2, 300, 300), (2, 2, 129, 513))
 """Batch, key/value heads, Sq and Sk of the self-test; the interpreter runs the first four."""
@@ -43,8 +45,13 @@ _ROLES = {
 }
 
 
-def fill_holes(spec: AttentionSpec, configs: dict[str, Config]) -> dict[str, Any]:
-    """Return the value of every named hole of the frame and of the forward kernel, for a canonical spec."""
+def fill_holes(
+    spec: AttentionSpec, configs: dict[str, Config], *, descriptors: bool = False
+) -> dict[str, Any]:
+    """Return the value of every named hole of the frame and of the forward kernel, for a canonical spec.
+
+    ``descriptors`` says that the kernel has a second way to load keys and values, by tensor descriptors.
+    """
     inputs = name_inputs(spec)
     return {
         "spec": str(spec),
@@ -55,7 +62,7 @@ def fill_holes(spec: AttentionSpec, configs: dict[str, Config]) -> dict[str, Any
         **_head_holes(spec),
         **_input_holes(spec, inputs),
         **_score_holes(spec, inputs),
-        **_loop_holes(spec, inputs),
+        **_loop_holes(spec, inputs, descriptors),
         **_weight_holes(spec, inputs),
     }
 
@@ -91,8 +98,10 @@ def _tile_of(part: Part, name: str, letter: str, rows: str) -> dict[str, Any]:
     return {
         "tag": part.tag,
         "size": part.size,
-        "start": part.start,
+        "used": part.used,
         "base": part.base,
+        "of": name,
+        "letter": letter,
         "name": f"{name}{part.tag}",
         "masked": f"{rows} & {bound}[None, :]" if bound else rows,
         "full": f", mask={bound}[None, :], other=0.0" if bound else "",
@@ -104,7 +113,6 @@ def _input_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, An
     tensors = [o.name for o in spec.captured]  # canonical names are those of the launcher
     strides = [s for x in inputs for s in x.strides()]
     main = [f"{t}_{a}" for t, axes in (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd")) for a in axes]
-    tail = ["heads, sq, sk,", "UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,"]
     pointers = ["q_ptr", "k_ptr", "v_ptr", *(f"{x.name}_ptr" for x in inputs), "out_ptr", "lse_ptr"]
     rows = [
         _row(pointers),
@@ -117,8 +125,8 @@ def _input_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, An
     square = any(x.tensor != x.name for x in inputs)  # a tensor over tokens, read for queries and for keys
     return {
         "cases": [(b, h, max(sq, sk), max(sq, sk)) if square else (b, h, sq, sk) for b, h, sq, sk in CASES],
-        "kernel_params": [*rows, *tail],
-        "launch_args": [_row(passed), "*q.stride(), *k.stride(), *v.stride(),", *more, "heads, sq, sk,"],
+        "kernel_params": rows,
+        "launch_args": [_row(passed), "*q.stride(), *k.stride(), *v.stride(),", *more],
         "signature": ", ".join(names),
         "arguments": ", ".join(names),
         "tensors": [{"line": _describe(x)} for x in inputs],
@@ -180,7 +188,7 @@ def _score_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, An
     """Return the score steps, and the loads that they need in each tile or once."""
     scoring = [x for x in inputs if x.role in ("bias", "gain", "side", "flag")]
     return {
-        "tanh": has_tanh(spec),
+        **own_functions(spec),
         "exact_tanh": spec.q.dtype == torch.float32,
         "two_log2e": repr(2 * LOG2E),
         "steps": kernel_steps(spec.scores, inputs, base2=not isinstance(spec.norm, Elementwise)),
@@ -188,10 +196,20 @@ def _score_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, An
         "early_loads": [_input(x) for x in inputs if not x.per_tile and x.role != "sink"],
         "reference_steps": reference_steps(spec.scores, inputs),
         "positions": any(isinstance(s, Pointwise) and reads_positions(s) for s in spec.scores),
+        "places": _places(spec),
     }
 
 
-def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any]:
+def _places(spec: AttentionSpec) -> dict[str, str]:
+    """Return which of batch entry and head scores or mask read: the name in a tile, and in a program."""
+    read = {n for s in spec.scores if isinstance(s, Pointwise) for n in names(s.term)}
+    for atom in atoms(spec.mask):
+        if isinstance(atom, Formula):
+            read |= set(positions(atom.value))
+    return {x: n for n, x in (("b", "batch"), ("h", "head")) if n in read}
+
+
+def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: bool) -> dict[str, Any]:
     """Return the mask, the loops over keys, and what a tile is given."""
     masked = not isinstance(spec.mask, Full)
     k_parts, v_parts = head_parts(spec)
@@ -202,20 +220,24 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any
     )
     given = [f"{state}, {queries}, first, n,", f"{keys}, k_n, k_d, {values}, v_n, v_d,"]
     extra = [t for x in inputs if x.role != "sink" for t in _tile_terms(x)]
+    extra += _places(spec)
     given += [_row(extra)] if extra else []
     given.append("sq, sk,")
 
+    loads, ways = ("DESCRIPTORS=DESCRIPTORS, ", "DESCRIPTORS: tl.constexpr, ") if descriptors else ("", "")
+
     def call(needs_mask: bool) -> list[str]:
-        last = f"MASKED={needs_mask}, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,"
+        last = f"MASKED={needs_mask}, {loads}UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,"
         return [f"{state} = _tile(", *(f"    {line}" for line in [*given, last]), ")"]
 
     weighs, fill = not isinstance(spec.norm, Elementwise), _visited(spec)
     floor = tiles.floor(spec.mask, fill) if masked and weighs else None
     return {
+        "descriptors": descriptors,
         "state": state,
         "tile_params": [
             *given,
-            "MASKED: tl.constexpr, UPCAST: tl.constexpr,",
+            f"MASKED: tl.constexpr, {ways}UPCAST: tl.constexpr,",
             "BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,",
         ],
         "keep": tiles.keep(spec.mask, inputs) if masked else "",
@@ -224,7 +246,7 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any
         "loops": tiles.loops(spec.mask, fill, call),
         "floor": "" if floor is None else repr(floor),
         "restart": tiles.loop("0", "sk", call(True), "tl.range({}, {}, BLOCK_N, num_stages=1)"),
-        "tile": _tile_order(spec.mask),
+        "grows": tiles.grows(spec.mask),
         "reference_keep": tiles.reference_keep(spec.mask, inputs) if masked else "",
         "reference_fill": reference_fill(spec.fill),
     }
@@ -237,15 +259,13 @@ def _tile_terms(x: Input) -> list[str]:
     return [f"{x.name}_at", *(f"{x.name}_{a}" for a in x.axes if a in "qk")]
 
 
-def _tile_order(mask: Mask) -> str:
-    """Return which tile of queries a program takes: the longest first where later queries see more keys."""
-    found = tiles.outer(mask)
-    grows = any(x.his for x in found) and not any(x.los for x in found)
-    return "tiles - 1 - tl.program_id(0) % tiles" if grows else "tl.program_id(0) % tiles"
-
-
 def _visited(spec: AttentionSpec) -> Fill:
-    """Return the fill by which tiles are skipped: without a sum, what a hidden score weighs alone decides."""
+    """Return the fill by which tiles are skipped: without a sum, what a hidden score weighs alone decides.
+
+    To a signed softmax a low fill is a large magnitude.
+    """
+    if isinstance(spec.norm, SignedSoftmax):
+        return Fill() if spec.fill.value == -math.inf else Fill(0.0)
     if not isinstance(spec.norm, Elementwise):
         return spec.fill
     settles = spec.fill.how == "replace" or spec.fill.value == -math.inf
@@ -255,15 +275,15 @@ def _visited(spec: AttentionSpec) -> Fill:
 def _weight_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any]:
     """Return how scores become weights: by a running softmax, or each by a function of its own."""
     if not isinstance(spec.norm, Elementwise):
-        signed = isinstance(spec.norm, SignedSoftmax)
-        return {"weigh": [], "signed": signed, **_softmax_holes(spec, inputs)}
+        signed, rounded = (isinstance(spec.norm, x) for x in (SignedSoftmax, RoundedSoftmax))
+        return {"weigh": [], "signed": signed, "rounded": rounded, **_softmax_holes(spec, inputs)}
     step = Pointwise(spec.norm.expr)
     lines = kernel_lines(step, {})[1:]
     return {
         "weigh": [*lines[:-1], f"p = {lines[-1].removeprefix('s = ')}"],
         "weigh_as": spec.norm.expr,
-        "reference_weigh": torch_text(step, {}),
-        **dict.fromkeys(("signed", "safe", "base2", "extreme", "sink"), False),
+        "reference_weigh": torch_lines(step, {}),
+        **dict.fromkeys(("signed", "rounded", "safe", "base2", "extreme", "sink"), False),
         "start": _empty_sums(spec),
     }
 
@@ -312,6 +332,6 @@ def argument_types(spec: AttentionSpec) -> tuple[dict[str, str], dict[str, int]]
     types |= {f"{x.name}_ptr": f"*{_TYPES[x.operand.dtype]}" for x in inputs}
     types |= {f"{t}_{a}": "i32" for t, axes in (("q", "bhm"), ("k", "bhn"), ("v", "bhn")) for a in axes}
     types |= {s: "i32" for x in inputs for s in x.strides()}
-    types |= {name: "i32" for name in ("heads", "sq", "sk")}
+    types |= {name: "i32" for name in ("heads", "sq", "sk", "all_heads", "section")}
     ones = {f"{t}_d": 1 for t in ("q", "k", "v")}
     return types, ones | {f"{x.name}_{x.axes[-1]}": 1 for x in inputs if x.axes}

@@ -36,6 +36,8 @@ def run(
         ValueError: shapes do not fit the spec.
         CodegenError: the emitted file does not import.
     """
+    if not all(isinstance(o.shape[3], int) for o in (spec.q, spec.v)):
+        spec = spec.with_head_sizes(q.shape[3], v.shape[3])
     kernel = launcher(spec, place_of(q, k))
     if kernel is None or not _fits(spec, q, k, v):
         return execute(spec, q, k, v, captured)

@@ -7,7 +7,7 @@ out by identities that lose at most a rounding or two (``expm1`` and ``log1p`` n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from attnc.ir import Pointwise
 from attnc.pointwise import POSITIONS, SCORE, Call, names
@@ -37,6 +37,7 @@ _KERNEL: Mapping[str, str] = {
     "tan": "(tl.sin({0}) / tl.cos({0}))",
     "sinh": "(0.5 * (tl.exp({0}) - tl.exp(-{0})))",
     "cosh": "(0.5 * (tl.exp({0}) + tl.exp(-{0})))",
+    "atan": "_atan({0})",
     "tanh": "_tanh({0})",
     "sigmoid": "tl.sigmoid({0})",
     "relu": "tl.maximum({0}, 0.0)",
@@ -53,6 +54,12 @@ _KERNEL: Mapping[str, str] = {
     "minimum": "tl.minimum({0}, {1})",
     "where": "tl.where({0}, {1}, {2})",
 }
+OWN = ("tanh", "atan", "pow")
+"""Functions that a file brings along where it calls them."""
+MOST_FACTORS = 8
+"""The largest whole exponent that is written as a product."""
+WIDE = 80
+"""Characters of a function's arguments, above which they get names of their own."""
 _TORCH: Mapping[str, str] = {
     "gelu": "torch.nn.functional.gelu({0})",
     "gelu_tanh": 'torch.nn.functional.gelu({0}, approximate="tanh")',
@@ -64,22 +71,27 @@ _TORCH: Mapping[str, str] = {
 """What is not ``torch.<name>``."""
 
 
-def problem(step: Pointwise) -> str | None:
-    """Return what of an expression kernels do not have, or None."""
-    absent = sorted(op for op in _calls(step.term) if op not in _KERNEL and op not in _INFIX)
+def problem(step: Pointwise, places: str = "qkhb") -> str | None:
+    """Return what of an expression kernels do not have, or None; ``places`` are the positions they know."""
+    absent = sorted({c.op for c in _calls(step.term) if c.op not in _INFIX and not _form(c)})
     if absent:
         return f"kernels have no {', '.join(absent)}"
-    placed = [n for n in names(step.term) if n in ("h", "b")]
+    placed = [n for n in names(step.term) if n in POSITIONS and n not in places]
     return f"kernels do not compute with the position {placed[0]}" if placed else None
 
 
-def _calls(term: Term) -> set[str]:
-    return {term.op}.union(*map(_calls, term.args)) if isinstance(term, Call) else set()
+def _calls(term: Term) -> Iterator[Call]:
+    """Yield the calls in an expression."""
+    if isinstance(term, Call):
+        yield term
+        for arg in term.args:
+            yield from _calls(arg)
 
 
-def uses_tanh(step: Pointwise) -> bool:
-    """Say whether the kernel needs its tanh."""
-    return bool(_calls(step.term) & {"tanh", "gelu_tanh"})
+def called_functions(step: Pointwise) -> set[str]:
+    """Return which functions of ``OWN`` the expression calls."""
+    forms = [_form(c) for c in _calls(step.term) if c.op not in _INFIX]
+    return {name for name in OWN if any(f"_{name}(" in form for form in forms)}
 
 
 def least_constant(term: Term) -> float:
@@ -92,27 +104,54 @@ def least_constant(term: Term) -> float:
 def kernel_lines(step: Pointwise, named: Mapping[str, str]) -> list[str]:
     """Return the lines that put the expression's value in place of ``s``; ``named`` are the captured tensors.
 
-    An argument that a function reads more than once gets a name of its own.
+    What a function reads more than once gets a name of its own, and so does what makes a line too long.
     """
     lines: list[str] = []
 
     def called(term: Call, args: list[str]) -> str:
-        form = _KERNEL[term.op]
+        form = _form(term)
         if form.count("{0}") > 1 and isinstance(term.args[0], Call):
-            lines.append(f"x{len(lines)} = {_bare(args[0])}")
-            args[0] = f"x{len(lines) - 1}"
+            args[0] = _name(lines, args[0])
         return form.format(*args)
 
     positions = {"q": "rows[:, None].to(tl.float32)", "k": "cols[None, :].to(tl.float32)"}
-    value = _bare(_written(step.term, {**positions, **named}, called))
+    positions |= {"h": "head.to(tl.float32)", "b": "batch.to(tl.float32)"}
+    value = _bare(_written(step.term, {**positions, **named}, called, lines))
     return [f"# {step}", *lines, f"s = {value}"]
 
 
-def torch_text(step: Pointwise, named: Mapping[str, str]) -> str:
-    """Return the expression in torch, on ``s`` and the captured tensors; ``qi`` and ``ki`` are positions.
+def _form(term: Call) -> str:
+    """Return the kernel text of a function with places for its arguments, '' if kernels have none."""
+    return _power(*term.args) if term.op == "pow" else _KERNEL.get(term.op, "")
+
+
+def _power(base: Term, exponent: Term) -> str:
+    """Return the text of a power: products, or by way of base 2, whose logarithm of a negative is NaN."""
+    if not isinstance(exponent, float):
+        if not isinstance(base, float):
+            return "_pow({0}, {1})"
+        return f"tl.exp2({math.log2(base)!r} * {{1}})" if 0 < base < math.inf else ""
+    if not math.isfinite(exponent) or exponent == 0:
+        return ""
+    size = abs(exponent)
+    if size == 0.5:
+        text = "tl.sqrt({0})"
+    elif size.is_integer() and size <= MOST_FACTORS:
+        text = f"({' * '.join(['{0}'] * int(size))})"
+    elif size.is_integer():
+        text = f"tl.exp2({size!r} * tl.log2(tl.abs({{0}})))"
+        text = f"tl.where({{0}} < 0.0, -{text}, {text})" if size % 2 else text
+    else:
+        text = f"tl.exp2({size!r} * tl.log2({{0}}))"
+    return f"(1.0 / {text})" if exponent < 0 else text
+
+
+def torch_lines(step: Pointwise, named: Mapping[str, str]) -> list[str]:
+    """Return the same in torch, on ``s`` and captured tensors; ``qi, ki, head, batch`` are positions.
 
     Numbers stand as they are beside a tensor; a function of two tensors gets them as tensors.
     """
+    lines: list[str] = []
 
     def called(term: Call, args: list[str]) -> str:
         if term.op in ("maximum", "minimum"):
@@ -122,18 +161,34 @@ def torch_text(step: Pointwise, named: Mapping[str, str]) -> str:
             ]
         return _TORCH.get(term.op, f"torch.{term.op}({', '.join(args)})").format(*args)
 
-    positions = {"q": "qi.to(work)", "k": "ki.to(work)"}
-    return _bare(_written(step.term, {**positions, **named}, called))
+    positions = {n: f"{x}.to(work)" for n, x in zip("qkhb", ("qi", "ki", "head", "batch"), strict=True)}
+    value = _bare(_written(step.term, {**positions, **named}, called, lines))
+    return [*lines, f"s = {value}"]
 
 
-def _written(term: Term, named: Mapping[str, str], called: Callable[[Call, list[str]], str]) -> str:
-    """Return a term as text: names by ``named``, operators between their operands, the rest by ``called``."""
+def _written(
+    term: Term, named: Mapping[str, str], called: Callable[[Call, list[str]], str], lines: list[str]
+) -> str:
+    """Return a term as text: names by ``named``, operators between their operands, the rest by ``called``.
+
+    Arguments that are too long for a line get names of their own in ``lines``.
+    """
     if isinstance(term, str):
         return term if term == SCORE else named[term]
     if not isinstance(term, Call):
         return _number(term)
-    args = [_written(a, named, called) for a in term.args]
+    args = [_written(a, named, called, lines) for a in term.args]
+    while sum(map(len, args)) > WIDE:
+        longest = max(range(len(args)), key=lambda i: len(args[i]))
+        args[longest] = _name(lines, args[longest])
     return f"({args[0]} {_INFIX[term.op]} {args[1]})" if term.op in _INFIX else called(term, args)
+
+
+def _name(lines: list[str], text: str) -> str:
+    """Add a line that gives ``text`` a name; return the name."""
+    name = f"x{len(lines)}"
+    lines.append(f"{name} = {_bare(text)}")
+    return name
 
 
 def reads_positions(step: Pointwise) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from attnc.codegen.triton.inputs import Input, find
-from attnc.codegen.triton.pointwise import kernel_lines, least_constant, torch_text, uses_tanh
+from attnc.codegen.triton.pointwise import OWN, called_functions, kernel_lines, least_constant, torch_lines
 from attnc.ir import AttentionSpec, Elementwise, Fill, Gain, Pointwise, Scale, Softcap, Step
 
 LOG2E = math.log2(math.e)
@@ -82,7 +82,7 @@ def reference_steps(steps: Sequence[Step], inputs: tuple[Input, ...]) -> list[st
             lines.append(f"s = s * {find(inputs, step.operand, 'bhqk').tensor}.to(work)")
         elif isinstance(step, Pointwise):
             named = {n: _side(find(inputs, n, "bhqk")) for n in step.operands}
-            lines.append(f"s = {torch_text(step, named)}")
+            lines += torch_lines(step, named)
         else:
             sign = "-" if step.sign < 0 else "+"
             lines.append(f"s = s {sign} {find(inputs, step.operand, 'bhqk').tensor}.to(work)")
@@ -124,12 +124,12 @@ def overflows(fill: Fill) -> bool:
     return math.isfinite(fill.value) and fill.value * LOG2E < FP32_MIN
 
 
-def has_tanh(spec: AttentionSpec) -> bool:
-    """Say whether the kernel needs a tanh."""
+def own_functions(spec: AttentionSpec) -> dict[str, bool]:
+    """Say of each function that Triton lacks whether the file has to bring it along."""
     weighs = [Pointwise(spec.norm.expr)] if isinstance(spec.norm, Elementwise) else []
-    return any(
-        isinstance(s, Softcap) or (isinstance(s, Pointwise) and uses_tanh(s)) for s in (*spec.scores, *weighs)
-    )
+    called = {f for s in (*spec.scores, *weighs) if isinstance(s, Pointwise) for f in called_functions(s)}
+    capped = {"tanh"} if any(isinstance(s, Softcap) for s in spec.scores) else set()
+    return {name: name in called | capped for name in OWN}
 
 
 def reference_fill(fill: Fill) -> str:

@@ -100,6 +100,28 @@ def last_writes(graph: fx.Graph) -> dict[fx.Node, int]:
     return {n: last[group[n]] for n in graph.nodes if group[n] in last}
 
 
+def name_settled_operands(graph: fx.Graph) -> bool:
+    """Give what a fused call reads a node of its own where the tensor was written after it was made.
+
+    A key that is put together by writes into an empty tensor (as DeepSeek-V3's is, part rotated and part not)
+    has no node that holds its value from there on, so no link leads to it.  An ``alias`` after the last write
+    is one; it costs nothing.  Return whether there is any such operand.
+    """
+    written, order = last_writes(graph), {n: i for i, n in enumerate(graph.nodes)}
+    named = False
+    for call in list(graph.nodes):
+        if op_name(call) != "scaled_dot_product_attention":
+            continue
+        for x in call.all_input_nodes:
+            if order[x] < written.get(x, -1) < order[call]:
+                with graph.inserting_before(call):
+                    settled = graph.call_function(torch.ops.aten.alias.default, (x,))
+                settled.meta = {**call.meta, "val": x.meta["val"]}
+                call.replace_input_with(x, settled)
+                named = True
+    return named
+
+
 def writes(node: fx.Node) -> list[fx.Node]:
     """Return the arguments that ``node`` writes to: all, for a higher-order call that writes anything."""
     target = node.target

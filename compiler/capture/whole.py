@@ -19,7 +19,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from attnc import logs
-from attnc.capture.alias import op_name
+from attnc.capture.alias import name_settled_operands, op_name
 from attnc.capture.bodies import branches, inline_bodies
 from attnc.capture.dynamo import make_backend
 from attnc.capture.links import link_moments, link_nodes
@@ -221,6 +221,8 @@ def _without_vmap(exported: ExportedProgram) -> ExportedProgram:
 def _captured(exported: ExportedProgram, door: Door, export_seconds: float, notes: list[str]) -> Captured:
     """Make the functional copy and gather what the passes need to know about the inputs."""
     start = time.perf_counter()
+    if name_settled_operands(exported.graph):
+        exported.graph_module.recompile()
     functional, work = exported, plain_copy(exported.graph)
     if work is None:
         source = safe_to_functionalize(exported)

@@ -61,14 +61,31 @@ def sizes(spec: AttentionSpec, known: Mapping[str, int]) -> Sizes:
     return Sizes(q[0], q[1], k[1], q[2], k[2], q[3], v[3])
 
 
-@lru_cache(maxsize=4096)
+def head_sizes(spec: AttentionSpec, known: Mapping[str, int]) -> tuple[int, int] | None:
+    """Return the example's head sizes of keys and values where one is symbolic; None if both are fixed.
+
+    None as well where the example does not say.
+    """
+    free = tuple(sorted(known.items()))
+    dqk, dv = (_number(o.shape[3], free) for o in (spec.q, spec.v))
+    fixed = all(isinstance(o.shape[3], int) for o in (spec.q, spec.v))
+    return None if fixed or dqk is None or dv is None else (dqk, dv)
+
+
 def _value(n: Dim, known: tuple[tuple[str, int], ...]) -> int:
+    number = _number(n, known)
+    return 1 if number is None else max(1, number)
+
+
+@lru_cache(maxsize=4096)
+def _number(n: Dim, known: tuple[tuple[str, int], ...]) -> int | None:
+    """Return a size at the example, None if it depends on more than what is known."""
     if isinstance(n, int):
         return n
     free = dict(known)
     e = sympy.sympify(n.replace("//", "/"), locals={s: sympy.Symbol(s) for s in free})
     value = e.subs({sympy.Symbol(s): x for s, x in free.items()})
-    return max(1, int(value)) if value.is_number else 1
+    return int(value) if value.is_number else None
 
 
 def live(mask: Mask, sq: int, sk: int) -> float:

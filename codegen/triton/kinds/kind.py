@@ -7,23 +7,30 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from attnc.codegen.triton.configs import Config
-from attnc.ir import AttentionSpec, Miss
+from attnc.ir import AttentionSpec, Elementwise, Miss, SignedSoftmax, Softmax
 
 Configs = dict[str, Config]
 """Tiles by architecture: ``sm_80``, ``sm_86``, ``sm_90``, ``sm_100``, ``gfx942``, ``interpreter``."""
 
 
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+"""The GPUs that every kernel is compiled for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Program:
-    """One entry point of an emitted file: a Triton kernel that the file's launcher starts.
+    """One way to compile an entry point of an emitted file: a Triton kernel that the file's launcher starts.
 
-    ``kernel`` ends its name, after the file's own.  ``configs`` names the table of its tiles in the file, and
-    ``constants`` are the compile-time arguments beside ``BLOCK_M`` and ``BLOCK_N``, as a GPU gets them.
+    ``kernel`` ends the entry point's name, after the file's own.  ``configs`` names the table of its tiles in
+    the file, ``constants`` are the compile-time arguments beside ``BLOCK_M`` and ``BLOCK_N`` as a GPU of
+    ``targets`` gets them, ``variant`` tells the ways apart.
     """
 
     kernel: str = "kernel"
     configs: str = "CONFIGS"
     constants: Mapping[str, Any] = field(default_factory=lambda: {"UPCAST": False})
+    targets: tuple[str, ...] = TARGETS
+    variant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +39,8 @@ class Kind:
 
     ``template`` lies in ``templates/``; ``choose`` gives the default tiles of a canonical spec and ``fill``
     the value of each hole; ``obstacles`` yields what stands against it beside what no kernel can do, for a
-    spec and the node to blame.
+    spec and the node to blame.  ``norms`` are the normalizers whose weights it computes, and ``places`` the
+    positions that its expressions and masks may compute with (``head`` and ``batch`` in its tile).
     """
 
     name: str
@@ -41,3 +49,5 @@ class Kind:
     fill: Callable[[AttentionSpec, Configs], dict[str, Any]]
     obstacles: Callable[[AttentionSpec, str], Iterator[Miss]] = lambda spec, node: iter(())
     programs: tuple[Program, ...] = (Program(),)
+    norms: tuple[type, ...] = (Softmax, SignedSoftmax, Elementwise)
+    places: str = "qk"

@@ -43,6 +43,17 @@ def test_a_kernel_on_cpu_tensors_asks_for_the_interpreter(corpus, monkeypatch) -
         run(spec, *draw(spec))
 
 
+def test_free_head_sizes_are_those_of_the_call(corpus, monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    spec = parse(str(corpus["causal"]).replace("32]:", "d]:"))
+    q, k, v = (x[..., :20] for x in draw(corpus["causal"]))
+    with pytest.raises(ValueError, match="expected tensors on a GPU, or TRITON_INTERPRET=1"):
+        run(spec, q, k, v)  # from the kernel for heads of 20
+    assert launcher(spec.with_head_sizes(20, 20)) is launcher(spec.with_head_sizes(20, 20)) is not None
+    wide = [torch.randn(1, n, 3, 600) for n in (4, 2, 2)]
+    torch.testing.assert_close(run(spec, *wide), spec(*wide))  # no kernel has heads as wide
+
+
 def test_wrong_inputs_of_a_kernel_are_named(corpus) -> None:
     attend = launcher(corpus["bert"])
     q, k, v = draw(corpus["bert"])
