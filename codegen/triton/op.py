@@ -5,8 +5,8 @@ opaque call.  ``triton_op_for(spec)`` makes ``attnc::attend_<key>`` for what lea
 AOTInductor trace it to the launch of the Triton kernel, so that a package needs neither this operator nor
 Python.  Its captured tensors are arguments of their own, since an empty list reaches AOTInductor as None.
 
-Eager calls run as those of ``attend`` do.  A traced launch is that of the emitted launcher, for one
-architecture.
+Eager calls run as those of ``attend`` do.  A traced launch is that of the emitted launcher for one
+architecture, and loads by pointers: tensor descriptors need addresses, which tracing does not have.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ from attnc.ir import AttentionSpec, Kernel
 from attnc.printer import parse
 
 log = logs.get("codegen")
+
+PROCESSORS = 132
+"""Streaming multiprocessors of a GPU that is not here; any number gives right results."""
 
 Operator = Callable[..., tuple[Tensor, Tensor]]
 
@@ -68,7 +71,7 @@ def replace_attends(graph: fx.Graph, arch: str | None = None) -> dict[str, int]:
         if node.op != "call_function" or node.target is not attend:
             continue
         q, k, v, captured, text = node.args
-        spec = parse(str(text))
+        spec = _with_numbers(parse(str(text)), q, v)
         why = _unfit(spec, (q, k, v))
         if why is None:
             operator: Any = triton_op_for(spec, arch)
@@ -77,6 +80,13 @@ def replace_attends(graph: fx.Graph, arch: str | None = None) -> dict[str, int]:
             log.warning("%s stays attnc::attend: %s", node.name, why)
         counts["attend" if why else "triton"] += 1
     return counts
+
+
+def _with_numbers(spec: AttentionSpec, q: fx.Node, v: fx.Node) -> AttentionSpec:
+    """Return the spec with the head sizes of its tensors, where it leaves them free."""
+    sizes = tuple(n.meta["val"].shape[3] for n in (q, v))
+    free = not all(isinstance(o.shape[3], int) for o in (spec.q, spec.v))
+    return spec.with_head_sizes(*sizes) if free and all(isinstance(n, int) for n in sizes) else spec
 
 
 def _unfit(spec: AttentionSpec, nodes: tuple[Any, ...]) -> str | None:
@@ -173,8 +183,9 @@ def _traceable(kernel: Kernel, arch: str | None) -> ModuleType:
             setattr(module, name, _Launch(getattr(module, name)))
     module.torch = _Elsewhere(torch, cuda=_Elsewhere(torch.cuda, device_of=lambda x: nullcontext()))
     module.min, module.max = torch.sym_min, torch.sym_max  # of symbolic sizes, without deciding which it is
+    module._aligned = lambda x: False
     if arch is not None:
-        module._arch = lambda q: arch
+        module._arch, module._processors = lambda q: arch, lambda q: PROCESSORS
     found: ModuleType = module
     return found
 

@@ -229,6 +229,13 @@ def test_attend_nodes_become_operators_of_their_kernels(name: str, corpus) -> No
     assert torch.equal(program.module()(tensors)[0], want)
 
 
+def test_head_sizes_that_a_spec_leaves_free_are_those_of_the_tensors(corpus) -> None:
+    spec = canonical(corpus["causal"])
+    program = graph_of(spec.with_head_sizes("d", "e"), draw(spec, SIZES, "cpu"))
+    assert replace_attends(program.graph) == {"triton": 1, "attend": 0}
+    assert triton_op_for(spec)._opoverload in [n.target for n in program.graph.nodes]
+
+
 def test_attend_nodes_that_no_kernel_serves_stay_and_are_named(corpus, caplog) -> None:
     spec = canonical(corpus["causal"])
     double = tuple(x.double() for x in draw(spec, SIZES, "cpu"))
