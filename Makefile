@@ -19,7 +19,7 @@ export PYTHONHASHSEED ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all fuzz fuzz-files check dev links golden bench fmt lint types wheel
+.PHONY: help demo test test-all fuzz fuzz-files check dev links replay golden bench fmt lint types wheel
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +52,9 @@ links:
 	  if [ -e "$$x" ] && [ "$$x" != compiler/__pycache__/ ]; then ln -sfn "../../../$${x%/}" $(LINKS)/; fi; done
 	@ln -sfn ../../../passes $(LINKS)/passes
 	@ln -sfn ../../../codegen $(LINKS)/codegen
+
+replay: $(STAMP)  ## A=HEAD~1 B=HEAD: how emitted kernels differ; this branch from main, if not given
+	@$(BIN)/python tests/codegen/triton/replay.py $(if $(A),-a $(A)) $(if $(B),-b $(B))
 
 golden: $(STAMP)  ## rewrite the expected texts in tests/golden; read the diff before you commit it
 	$(BIN)/pytest --update-golden -m "not slow and not gpu" $(ARGS)

@@ -232,11 +232,10 @@ def _autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, 
 attend.register_autograd(_autograd, setup_context=_setup_context)
 
 
-@attend.register_vmap
-def _attend_vmap(
+def attend_vmap(
     info: Any, in_dims: tuple[Any, ...], *args: Any
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    """Fold the mapped dimension into the batch where every tensor has one, else call once per element."""
+    """Map ``attend``: fold the dimension into the batch where every tensor has one, else call per element."""
     q, k, v, captured, text = args
     n, spec = info.batch_size, parse(text)
     dims = _flat_dims(in_dims, len(captured))
@@ -250,6 +249,9 @@ def _attend_vmap(
     ]
     out, lse = torch.ops.attnc.attend(*folded, rest, text)
     return (out.unflatten(0, (n, batch)), lse.unflatten(0, (n, batch))), (0, 0)
+
+
+attend.register_vmap(attend_vmap)
 
 
 def _flat_dims(in_dims: tuple[Any, ...], count: int) -> list[int | None]:

@@ -205,6 +205,9 @@ def emit(
     report: Annotated[
         bool, typer.Option("--report", help="Compile each kernel; show registers and memory.")
     ] = False,
+    tune: Annotated[
+        int | None, typer.Option(min=1, metavar="TOKENS", help="Measure tiles on this GPU for this length.")
+    ] = None,
     form: Forms = None,
     plan: PlanFile = None,
     attn: Attn = None,
@@ -218,15 +221,17 @@ def emit(
 
     screen = Screen(as_json)
     work.check_output(output, model, force)
+    if tune is not None:
+        work.check_tuning()
     forms = work.read_forms(form or (), plan)
     with screen.working("emit") as progress:
         fast = work.ready(model, attn, (batch, length), forms, progress)
         progress("write kernels")
-        kernels = work.emit_kernels(fast, output, force=force)
+        kernels = work.emit_kernels(fast, output, force=force, tune=tune)
         figures = work.kernel_figures(kernels, progress) if report else []
     screen.table(("kernel", "key"), [(k.name, k.key) for k in kernels])
     if figures:
-        shown = ("kernel", "target", "registers", "shared", "stack", "spills", "error")
+        shown = ("kernel", "program", "target", "registers", "shared", "stack", "spills", "error")
         screen.table(shown, [tuple("" if f[c] is None else str(f[c]) for c in shown) for f in figures])
     screen.line(f"saved to {output}")
     names = [{"name": k.name, "key": k.key} for k in kernels]

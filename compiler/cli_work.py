@@ -422,15 +422,34 @@ def exported_rows(became: Any) -> list[dict[str, Any]]:
     ]
 
 
-def emit_kernels(fast: nn.Module, output: Path, *, force: bool) -> list[Kernel]:
-    """Write the kernels of a model into a folder.
+def check_tuning() -> None:
+    """Check before any work that tiles can be measured here.
 
     Raises:
-        CodegenError: no site has a kernel.
+        UnsupportedError: there is no GPU.
+    """
+    from attnc.codegen.triton.tune import check_gpu
+
+    check_gpu()
+
+
+def emit_kernels(fast: nn.Module, output: Path, *, force: bool, tune: int | None = None) -> list[Kernel]:
+    """Write the kernels of a model into a folder, with tiles measured here for ``tune`` tokens if given.
+
+    Raises:
+        UnsupportedError: no site has a kernel, or there is no GPU to measure on.
     """
     from attnc.api import emit
+    from attnc.files import write_directory
 
     kernels: list[Kernel] = emit(fast, output, force=force)
+    if tune is not None:
+        from attnc.codegen.triton.tune import tuned
+
+        kernels = [tuned(k, tune) for k in kernels]
+        with write_directory(output, force=True) as folder:
+            for k in kernels:
+                (folder / f"{k.name}.py").write_text(k.source, encoding="utf-8")
     return kernels
 
 

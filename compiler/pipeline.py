@@ -269,10 +269,17 @@ def _attend_program(captured: Captured, live: list[Job]) -> ExportedProgram:
     return program
 
 
-def portable(program: ExportedProgram) -> ExportedProgram:
-    """Return a program at the ``attend`` level lowered to plain ATen wherever a plain form exists."""
+def portable(program: ExportedProgram, gpu: str | None = None) -> ExportedProgram:
+    """Return a program at the ``attend`` level lowered to plain ATen wherever a plain form exists.
+
+    Elsewhere, if ``gpu`` names an architecture (``sm_90``), to the Triton kernels that were emitted for it.
+    """
     plain = copy_program(program)
     lower(plain.graph, portable=True)
+    if gpu is not None:
+        from attnc.codegen.triton.op import replace_attends
+
+        replace_attends(plain.graph, gpu)
     fix_outputs(plain)
     plain.graph_module.recompile()
     return plain

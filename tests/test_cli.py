@@ -348,6 +348,33 @@ def test_emit_report_compiles_each_different_kernel_once(api, bert, capsys, tmp_
     assert "128" in out
 
 
+def test_emit_tune_writes_the_tiles_that_were_measured(api, bert, capsys, tmp_path, monkeypatch):
+    import importlib
+
+    module = importlib.import_module("attnc.codegen.triton.tune")  # the package has a function of this name
+    asked = []
+
+    def tuned(kernel: Kernel, tokens: int) -> Kernel:
+        asked.append((kernel.name, tokens))
+        return Kernel(kernel.name, "tuned", "k2")
+
+    monkeypatch.setattr(module, "tuned", tuned)
+    monkeypatch.setattr(module, "check_gpu", lambda: None)
+    code, out, _ = run(capsys, "emit", bert, "-o", tmp_path / "kernels", "--tune", "4096", "--json")
+    assert code == 0
+    assert asked == [("site_0", 4096), ("site_1", 4096)]
+    assert {k["key"] for k in json.loads(out)["kernels"]} == {"k2"}
+    assert {p.read_text() for p in (tmp_path / "kernels").iterdir()} == {"tuned"}
+
+
+def test_emit_tune_asks_for_a_gpu_before_any_work(api, bert, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, err = run(capsys, "emit", bert, "-o", tmp_path / "kernels", "--tune", "4096")
+    error_line(code, err, "tune: expected a GPU to measure on, found none")
+    assert not (tmp_path / "kernels").exists()
+    assert not api.calls
+
+
 @pytest.mark.no_poison
 def test_bench_prints_medians_and_the_spread_of_their_ratio(api, bert, capsys):
     code, out, _ = run(capsys, "bench", bert, "--batch", 1, "--length", 5, "--rounds", 5, "--json")

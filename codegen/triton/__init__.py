@@ -1,12 +1,15 @@
 """Emit readable Triton kernels from a spec, and run them where there is a GPU.
 
 ``can_run`` says why a spec has no kernel, ``emit`` writes one, ``emit_all`` those of a model.  ``run`` is the
-CUDA implementation of ``torch.ops.attnc.attend``.  ``aot.report_rows`` compiles a kernel without a GPU.
+CUDA implementation of ``torch.ops.attnc.attend``; ``tune`` measures which tiles it should take.
+``aot.report_rows`` compiles a kernel without a GPU.
 """
 
+from attnc.codegen.triton.contest import Lengths
 from attnc.codegen.triton.emit import can_run, emit, emit_all
 from attnc.codegen.triton.launch import run
+from attnc.codegen.triton.tune import Tuning, tune
 
 NAME = "triton"
 
-__all__ = ["NAME", "can_run", "emit", "emit_all", "run"]
+__all__ = ["NAME", "Lengths", "Tuning", "can_run", "emit", "emit_all", "run", "tune"]

@@ -14,11 +14,20 @@ import torch
 
 from attnc.codegen.triton.heads import head_parts
 from attnc.codegen.triton.inputs import name_inputs
+from attnc.codegen.triton.tiles import grows
 from attnc.ir import AttentionSpec, Elementwise
-from attnc.masks import CAUSAL, Band, Full
+from attnc.masks import Band, Full
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 """Bytes of shared memory that one block may use."""
+TMA = ("sm_90", "sm_100")
+"""Where tensor descriptors are copies by hardware."""
+
+CAPABILITIES = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
+"""The key of the table by compute capability."""
+
+UNKNOWN = "sm_86"
+"""The key for any other NVIDIA GPU: the smallest tiles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +86,15 @@ _LIGHT = {
     128: {"sm_80": Config(128, 64, 8, 2), "sm_90": Config(128, 128, 8, 2), "sm_100": Config(128, 128, 8, 2)}
 }
 """Without a mask, or causal, with nothing else to load and no padded head size there are registers left."""
+_TMA = {
+    64: Config(128, 128, 8, 3),
+    96: Config(128, 64, 8, 3),
+    128: Config(128, 64, 8, 3),
+    192: Config(128, 64, 8, 2),
+    256: Config(64, 64, 8, 2),
+}
+"""Tensor descriptors need no addresses in registers, on sm_90 and sm_100."""
+_TMA_LIGHT = {96: Config(128, 128, 8, 2), 128: Config(128, 128, 8, 2)}
 _FLOAT = {
     32: Config(64, 32, 4, 2),
     64: Config(32, 32, 8, 2),
@@ -93,10 +111,13 @@ _FLOAT_AMD = {
 }
 
 
-def choose(spec: AttentionSpec) -> dict[str, Config]:
-    """Return one config per architecture for this spec, and the interpreter's."""
+def choose(spec: AttentionSpec, *, descriptors: bool = True) -> dict[str, Config]:
+    """Return one config per architecture for this spec, and the interpreter's.
+
+    ``descriptors`` says that sm_90 and sm_100 load keys and values by tensor descriptors.
+    """
     wide = max(head_sizes(spec))
-    table = {arch: _fit(spec, arch, _pick(spec, arch, wide)) for arch in SHARED_LIMIT}
+    table = {arch: _fit(spec, arch, _pick(spec, arch, wide, descriptors)) for arch in SHARED_LIMIT}
     return {**table, "interpreter": INTERPRETER}
 
 
@@ -106,22 +127,29 @@ def head_sizes(spec: AttentionSpec) -> tuple[int, int]:
     return sum(x.size for x in keys), sum(x.size for x in values)
 
 
-def _pick(spec: AttentionSpec, arch: str, wide: int) -> Config:
+def _pick(spec: AttentionSpec, arch: str, wide: int, descriptors: bool) -> Config:
     size = min(n for n in _HALF if n >= wide)
     if spec.q.dtype == torch.float32:
         config = (_FLOAT_AMD if arch.startswith("gfx") else _FLOAT)[size]
         return replace(config, block_m=config.block_m // 2) if _loads_tiles(spec) and size == 32 else config
-    config = (_LIGHT.get(size, {}).get(arch) if _is_light(spec) else None) or _HALF[size][arch]
-    if arch == "sm_100" and isinstance(spec.norm, Elementwise):  # 64 keys spill where nothing else is kept
+    elementwise = isinstance(spec.norm, Elementwise)
+    if descriptors and arch in TMA and wide <= max(_TMA) and not elementwise:
+        size = min(n for n in _TMA if n >= wide)
+        # Programs that take tiles in turns need more registers, which Blackwell has fewer of.
+        light = _is_light(spec) and not (arch == "sm_100" and grows(spec.mask))
+        config = (_TMA_LIGHT.get(size) if light else None) or _TMA[size]
+        ids = any(x.per_tile and x.is_integer for x in name_inputs(spec))  # two registers each
+        return replace(config, block_n=min(config.block_n, 64)) if ids else config
+    light = _is_light(spec) and not grows(spec.mask)
+    config = (_LIGHT.get(size, {}).get(arch) if light else None) or _HALF[size][arch]
+    if arch == "sm_100" and elementwise:  # 64 keys spill where nothing else is kept
         return replace(config, block_n=32)
     return config
 
 
 def _is_light(spec: AttentionSpec) -> bool:
-    band = spec.mask if isinstance(spec.mask, Band) else CAUSAL
-    known = isinstance(spec.mask, Full | Band) and band.left is None
     unpadded = head_sizes(spec) == (spec.q.shape[3], spec.v.shape[3])
-    return known and unpadded and not any(x.per_tile for x in name_inputs(spec))
+    return isinstance(spec.mask, Full | Band) and unpadded and not any(x.per_tile for x in name_inputs(spec))
 
 
 def _loads_tiles(spec: AttentionSpec) -> bool:

@@ -10,12 +10,13 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attnc import logs
 from attnc.codegen.triton.canonical import canonical
-from attnc.codegen.triton.configs import Config
+from attnc.codegen.triton.configs import CAPABILITIES, UNKNOWN, Config
 from attnc.codegen.triton.formulas import problem as formula_problem
 from attnc.codegen.triton.heads import MOST
 from attnc.codegen.triton.inputs import FLOATS, problem
@@ -26,6 +27,9 @@ from attnc.errors import CodegenError, UnsupportedError
 from attnc.ir import AttentionSpec, Elementwise, Kernel, Miss, Plan, Pointwise, SignedSoftmax
 from attnc.masks import And, Band, Dense, Formula, Full, Mask, Not, Or, Padding, Range
 from attnc.printer import parse
+
+if TYPE_CHECKING:
+    import jinja2
 
 log = logs.get("codegen")
 
@@ -110,10 +114,16 @@ def emit(
     if miss:
         raise UnsupportedError(f"{miss.why} (in {spec})")
     own, chosen = canonical(spec), _kind(kind)
-    holes = {"kind": kind, **chosen.fill(own, {**chosen.choose(own), **(configs or {})})}
+    holes = {"kind": kind, "arches": _arches(), **chosen.fill(own, {**chosen.choose(own), **(configs or {})})}
     text = _render(chosen.template, holes, key="", prefix="")
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     return Kernel(name, _render(chosen.template, holes, key=key, prefix=f"{name}_"), key)
+
+
+def _arches() -> str:
+    """Return the table by which an emitted file finds its tiles."""
+    rows = ", ".join(f'{capability}: "{arch}"' for capability, arch in CAPABILITIES.items())
+    return f'{{{rows}}}.get((major, minor), "{UNKNOWN}")'
 
 
 def emit_all(specs: Sequence[AttentionSpec | str], missed: Sequence[str] = ()) -> list[Kernel]:
@@ -167,14 +177,19 @@ def kind_of(source: str) -> str:
 
 
 def _render(template: str, holes: dict[str, Any], **more: str) -> str:
+    return _environment().get_template(template).render(**holes, **more)
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    """Return the templates, each compiled once per process."""
     import jinja2
 
     folder = resources.files("attnc.codegen.triton").joinpath("templates")
-    env = jinja2.Environment(
+    return jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return env.get_template(template).render(**holes, **more)

@@ -25,7 +25,7 @@ from attnc.codegen.triton.steps import (
     wide_biases,
 )
 from attnc.ir import AttentionSpec, Bias, Elementwise, Fill, Pointwise, RoundedSoftmax, SignedSoftmax
-from attnc.masks import Formula, Full, Mask
+from attnc.masks import Formula, Full
 from attnc.pointwise import names
 
 CASES = ((1, 1, 1, 1), (2, 2, 33, 17), (1, 2, 17, 65), (2, 1, 65, 65), (1, 2, 300, 300), (2, 2, 129, 513))
@@ -45,8 +45,13 @@ _ROLES = {
 }
 
 
-def fill_holes(spec: AttentionSpec, configs: dict[str, Config]) -> dict[str, Any]:
-    """Return the value of every named hole of the frame and of the forward kernel, for a canonical spec."""
+def fill_holes(
+    spec: AttentionSpec, configs: dict[str, Config], *, descriptors: bool = False
+) -> dict[str, Any]:
+    """Return the value of every named hole of the frame and of the forward kernel, for a canonical spec.
+
+    ``descriptors`` says that the kernel has a second way to load keys and values, by tensor descriptors.
+    """
     inputs = name_inputs(spec)
     return {
         "spec": str(spec),
@@ -57,7 +62,7 @@ def fill_holes(spec: AttentionSpec, configs: dict[str, Config]) -> dict[str, Any
         **_head_holes(spec),
         **_input_holes(spec, inputs),
         **_score_holes(spec, inputs),
-        **_loop_holes(spec, inputs),
+        **_loop_holes(spec, inputs, descriptors),
         **_weight_holes(spec, inputs),
     }
 
@@ -93,8 +98,10 @@ def _tile_of(part: Part, name: str, letter: str, rows: str) -> dict[str, Any]:
     return {
         "tag": part.tag,
         "size": part.size,
-        "start": part.start,
+        "used": part.used,
         "base": part.base,
+        "of": name,
+        "letter": letter,
         "name": f"{name}{part.tag}",
         "masked": f"{rows} & {bound}[None, :]" if bound else rows,
         "full": f", mask={bound}[None, :], other=0.0" if bound else "",
@@ -106,7 +113,6 @@ def _input_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, An
     tensors = [o.name for o in spec.captured]  # canonical names are those of the launcher
     strides = [s for x in inputs for s in x.strides()]
     main = [f"{t}_{a}" for t, axes in (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd")) for a in axes]
-    tail = ["heads, sq, sk,", "UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,"]
     pointers = ["q_ptr", "k_ptr", "v_ptr", *(f"{x.name}_ptr" for x in inputs), "out_ptr", "lse_ptr"]
     rows = [
         _row(pointers),
@@ -119,8 +125,8 @@ def _input_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, An
     square = any(x.tensor != x.name for x in inputs)  # a tensor over tokens, read for queries and for keys
     return {
         "cases": [(b, h, max(sq, sk), max(sq, sk)) if square else (b, h, sq, sk) for b, h, sq, sk in CASES],
-        "kernel_params": [*rows, *tail],
-        "launch_args": [_row(passed), "*q.stride(), *k.stride(), *v.stride(),", *more, "heads, sq, sk,"],
+        "kernel_params": rows,
+        "launch_args": [_row(passed), "*q.stride(), *k.stride(), *v.stride(),", *more],
         "signature": ", ".join(names),
         "arguments": ", ".join(names),
         "tensors": [{"line": _describe(x)} for x in inputs],
@@ -203,7 +209,7 @@ def _places(spec: AttentionSpec) -> dict[str, str]:
     return {x: n for n, x in (("b", "batch"), ("h", "head")) if n in read}
 
 
-def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any]:
+def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: bool) -> dict[str, Any]:
     """Return the mask, the loops over keys, and what a tile is given."""
     masked = not isinstance(spec.mask, Full)
     k_parts, v_parts = head_parts(spec)
@@ -218,17 +224,20 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any
     given += [_row(extra)] if extra else []
     given.append("sq, sk,")
 
+    loads, ways = ("DESCRIPTORS=DESCRIPTORS, ", "DESCRIPTORS: tl.constexpr, ") if descriptors else ("", "")
+
     def call(needs_mask: bool) -> list[str]:
-        last = f"MASKED={needs_mask}, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,"
+        last = f"MASKED={needs_mask}, {loads}UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,"
         return [f"{state} = _tile(", *(f"    {line}" for line in [*given, last]), ")"]
 
     weighs, fill = not isinstance(spec.norm, Elementwise), _visited(spec)
     floor = tiles.floor(spec.mask, fill) if masked and weighs else None
     return {
+        "descriptors": descriptors,
         "state": state,
         "tile_params": [
             *given,
-            "MASKED: tl.constexpr, UPCAST: tl.constexpr,",
+            f"MASKED: tl.constexpr, {ways}UPCAST: tl.constexpr,",
             "BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,",
         ],
         "keep": tiles.keep(spec.mask, inputs) if masked else "",
@@ -237,7 +246,7 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any
         "loops": tiles.loops(spec.mask, fill, call),
         "floor": "" if floor is None else repr(floor),
         "restart": tiles.loop("0", "sk", call(True), "tl.range({}, {}, BLOCK_N, num_stages=1)"),
-        "tile": _tile_order(spec.mask),
+        "grows": tiles.grows(spec.mask),
         "reference_keep": tiles.reference_keep(spec.mask, inputs) if masked else "",
         "reference_fill": reference_fill(spec.fill),
     }
@@ -248,13 +257,6 @@ def _tile_terms(x: Input) -> list[str]:
     if not x.per_tile:
         return [x.name]
     return [f"{x.name}_at", *(f"{x.name}_{a}" for a in x.axes if a in "qk")]
-
-
-def _tile_order(mask: Mask) -> str:
-    """Return which tile of queries a program takes: the longest first where later queries see more keys."""
-    found = tiles.outer(mask)
-    grows = any(x.his for x in found) and not any(x.los for x in found)
-    return "tiles - 1 - tl.program_id(0) % tiles" if grows else "tl.program_id(0) % tiles"
 
 
 def _visited(spec: AttentionSpec) -> Fill:
@@ -330,6 +332,6 @@ def argument_types(spec: AttentionSpec) -> tuple[dict[str, str], dict[str, int]]
     types |= {f"{x.name}_ptr": f"*{_TYPES[x.operand.dtype]}" for x in inputs}
     types |= {f"{t}_{a}": "i32" for t, axes in (("q", "bhm"), ("k", "bhn"), ("v", "bhn")) for a in axes}
     types |= {s: "i32" for x in inputs for s in x.strides()}
-    types |= {name: "i32" for name in ("heads", "sq", "sk")}
+    types |= {name: "i32" for name in ("heads", "sq", "sk", "all_heads", "section")}
     ones = {f"{t}_d": 1 for t in ("q", "k", "v")}
     return types, ones | {f"{x.name}_{x.axes[-1]}": 1 for x in inputs if x.axes}

@@ -1,8 +1,8 @@
 """Run a spec on tensors through its emitted kernel: the CUDA implementation of ``torch.ops.attnc.attend``.
 
-The first call of a spec emits the file, keeps it (``attnc.codegen.triton.store``) and imports it; later
-calls find the launcher in memory.  A spec or a call that no kernel serves runs as plain torch, and the log
-says why, once.
+The first call of a spec at lengths of one size emits the file, with the tiles that tuning picked for them if
+it was asked to, keeps it (``attnc.codegen.triton.store``) and imports it; later calls find the launcher in
+memory.  A spec or a call that no kernel serves runs as plain torch, and the log says why, once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from attnc import logs
 from attnc.codegen.ops import execute
+from attnc.codegen.triton import picks
 from attnc.codegen.triton.emit import can_run, emit
+from attnc.codegen.triton.picks import Place, place_of
 from attnc.codegen.triton.store import load
 from attnc.ir import AttentionSpec
 
@@ -36,20 +38,24 @@ def run(
     """
     if not all(isinstance(o.shape[3], int) for o in (spec.q, spec.v)):
         spec = spec.with_head_sizes(q.shape[3], v.shape[3])
-    kernel = launcher(spec)
+    kernel = launcher(spec, place_of(q, k))
     if kernel is None or not _fits(spec, q, k, v):
         return execute(spec, q, k, v, captured)
     return kernel(q, k, v, *captured)
 
 
 @cache
-def launcher(spec: AttentionSpec) -> Launcher | None:
-    """Return ``attend`` of the spec's kernel, emitted at the first call, or None if none can serve it."""
+def launcher(spec: AttentionSpec, place: Place | None = None) -> Launcher | None:
+    """Return ``attend`` of the spec's kernel, emitted at the first call, or None if none can serve it.
+
+    With what tuning picked for this place (``attnc.codegen.triton.tune``), else with the default tiles.
+    """
     miss = can_run(spec)
     if miss is not None:
-        log.warning("%s: %s; the site runs as plain torch", miss.node, miss.why)
+        _warn(f"{miss.node}: {miss.why}; the site runs as plain torch")
         return None
-    kernel = emit(spec, name="attend")
+    pick = picks.find(spec, "forward", place) if place else None
+    kernel = emit(spec, name="attend", configs={place.arch: pick} if place and pick else None)
     kernel_log.debug("%s", kernel.source)
     return cast(Launcher, load(kernel).attend)
 

@@ -42,32 +42,45 @@ def write(path: Path, text: str) -> None:
         raise
 
 
-def keep(kernel: Kernel) -> Path:
+def keep(kernel: Kernel, place: Path | None = None) -> Path:
     """Return the path of a file that holds exactly the kernel's source; write it if it is not there.
 
-    Where the cache cannot be written, the file goes to a new temporary folder.
+    ``place`` is the folder, by default the cache.  Where it cannot be written, the file goes to a new
+    temporary folder.
     """
-    path = folder() / f"{kernel.name}_{kernel.key}.py"
+    place = place or folder()
+    path = place / f"{kernel.name}_{kernel.key}.py"
     try:
         if not path.is_file() or path.read_text(encoding="utf-8") != kernel.source:
             write(path, kernel.source)
     except OSError as error:
         path = Path(tempfile.mkdtemp(prefix="attnc-")) / path.name
-        log.warning("cannot keep kernels in %s (%s); this one goes to %s", folder(), error, path)
+        log.warning("cannot keep kernels in %s (%s); this one goes to %s", place, error, path)
         write(path, kernel.source)
     return path
 
 
-def load(kernel: Kernel) -> ModuleType:
+def load(kernel: Kernel, place: Path | None = None) -> ModuleType:
     """Import the kernel's file under a name of its own; a second call gives the same module.
+
+    ``place`` is the folder of the file, by default the cache.
 
     Raises:
         CodegenError: the file does not import.
     """
-    name = f"attnc_kernel_{kernel.name}_{kernel.key}"
+    return _imported(kernel, place, "")
+
+
+def load_apart(kernel: Kernel, purpose: str) -> ModuleType:
+    """Import the kernel's file as a second module, whose names may be replaced for a purpose of its own."""
+    return _imported(kernel, None, f"_{purpose}")
+
+
+def _imported(kernel: Kernel, place: Path | None, suffix: str) -> ModuleType:
+    name = f"attnc_kernel_{kernel.name}_{kernel.key}{suffix}"
     if name in sys.modules:
         return sys.modules[name]
-    path = keep(kernel)
+    path = keep(kernel, place)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None, f"{path} has no import spec"
     assert spec.loader is not None, f"{path} has no loader"

@@ -115,6 +115,12 @@ def inner(mask: Mask) -> tuple[Interval, ...]:
             return ()
 
 
+def grows(mask: Mask) -> bool:
+    """Say whether later queries see more keys."""
+    found = outer(mask)
+    return any(x.his for x in found) and not any(x.los for x in found)
+
+
 def _coarse(mask: Formula, early: str, late: str) -> Interval:
     """Return the keys from the start of ``early``'s chunk to the end of ``late``'s, else all."""
     found = short(mask.value)

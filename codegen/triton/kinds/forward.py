@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from attnc.codegen.triton.configs import choose
+from typing import Any
+
+from attnc.codegen.triton.configs import TMA, choose
 from attnc.codegen.triton.holes import fill_holes
-from attnc.codegen.triton.kinds.kind import Kind
-from attnc.ir import Elementwise, RoundedSoftmax, SignedSoftmax, Softmax
+from attnc.codegen.triton.kinds.kind import Configs, Kind, Program
+from attnc.ir import AttentionSpec, Elementwise, RoundedSoftmax, SignedSoftmax, Softmax
+
+_POINTERS = {"UPCAST": False, "DESCRIPTORS": False}
+
+
+def _fill(spec: AttentionSpec, configs: Configs) -> dict[str, Any]:
+    pointers = choose(spec, descriptors=False)
+    return {
+        **fill_holes(spec, configs, descriptors=True),
+        "pointer_configs": [(arch, str(pointers[arch])) for arch in TMA],
+    }
+
 
 KIND = Kind(
     "forward",
     "fwd.py.j2",
     choose,
-    fill_holes,
+    _fill,
+    programs=(
+        Program(constants=_POINTERS, targets=("sm_80", "gfx942")),
+        Program(constants={**_POINTERS, "DESCRIPTORS": True}, targets=TMA, variant="descriptors"),
+        Program(configs="POINTERS", constants=_POINTERS, targets=TMA, variant="pointers"),
+    ),
     norms=(Softmax, SignedSoftmax, RoundedSoftmax, Elementwise),
     places="qkhb",
 )

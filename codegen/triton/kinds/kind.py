@@ -13,17 +13,24 @@ Configs = dict[str, Config]
 """Tiles by architecture: ``sm_80``, ``sm_86``, ``sm_90``, ``sm_100``, ``gfx942``, ``interpreter``."""
 
 
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+"""The GPUs that every kernel is compiled for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Program:
-    """One entry point of an emitted file: a Triton kernel that the file's launcher starts.
+    """One way to compile an entry point of an emitted file: a Triton kernel that the file's launcher starts.
 
-    ``kernel`` ends its name, after the file's own.  ``configs`` names the table of its tiles in the file, and
-    ``constants`` are the compile-time arguments beside ``BLOCK_M`` and ``BLOCK_N``, as a GPU gets them.
+    ``kernel`` ends the entry point's name, after the file's own.  ``configs`` names the table of its tiles in
+    the file, ``constants`` are the compile-time arguments beside ``BLOCK_M`` and ``BLOCK_N`` as a GPU of
+    ``targets`` gets them, ``variant`` tells the ways apart.
     """
 
     kernel: str = "kernel"
     configs: str = "CONFIGS"
     constants: Mapping[str, Any] = field(default_factory=lambda: {"UPCAST": False})
+    targets: tuple[str, ...] = TARGETS
+    variant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,11 @@ CONFIGS = {
     "gfx942": (32, 32, 4, 2),
     "interpreter": (32, 32, 1, 1),
 }
+POINTERS = {  # where tensor descriptors cannot read k or v
+    "sm_90": (32, 32, 4, 2),
+    "sm_100": (32, 32, 4, 2),
+}
+DESCRIPTORS = ("sm_90", "sm_100", "interpreter")  # where TMA copies tiles of k and v, if they are aligned
 
 
 @triton.jit
@@ -51,7 +56,7 @@ def _tile(
     k_at, k_n, k_d, v_at, v_n, v_d,
     bias0_at, bias0_q, bias0_k, bias1_at, bias1_k, seen_at, seen_q, seen_k,
     sq, sk,
-    MASKED: tl.constexpr, UPCAST: tl.constexpr,
+    MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Add the keys n .. n + BLOCK_N - 1 to the running softmax (acc, l, m) of one tile of queries.
@@ -63,16 +68,20 @@ def _tile(
     rows = first + i
     cols = n + j
     inside = cols < sk
-    d = tl.arange(0, 32)
-    k_tile = k_at + tl.cast(n, tl.int64) * k_n + j[:, None] * k_n + d[None, :] * k_d
-    e = tl.arange(0, 32)
-    v_tile = v_at + tl.cast(n, tl.int64) * v_n + j[:, None] * v_n + e[None, :] * v_d
-    if MASKED:
-        k = tl.load(k_tile, mask=inside[:, None], other=0.0)
-        v = tl.load(v_tile, mask=inside[:, None], other=0.0)
+    if DESCRIPTORS:  # rows past the end, and features past the head size, are zeros
+        k = k_at.load([n, 0])
+        v = v_at.load([n, 0])
     else:
-        k = tl.load(k_tile)
-        v = tl.load(v_tile)
+        d = tl.arange(0, 32)
+        k_tile = k_at + tl.cast(n, tl.int64) * k_n + j[:, None] * k_n + d[None, :] * k_d
+        e = tl.arange(0, 32)
+        v_tile = v_at + tl.cast(n, tl.int64) * v_n + j[:, None] * v_n + e[None, :] * v_d
+        if MASKED:
+            k = tl.load(k_tile, mask=inside[:, None], other=0.0)
+            v = tl.load(v_tile, mask=inside[:, None], other=0.0)
+        else:
+            k = tl.load(k_tile)
+            v = tl.load(v_tile)
     if UPCAST:
         k = k.to(tl.float32)
         v = v.to(tl.float32)
@@ -113,7 +122,7 @@ def biases_kernel(
     v_b, v_h, v_n, v_d,
     bias0_h, bias0_q, bias0_k, bias1_b, bias1_k, seen_b, seen_q, seen_k,
     heads, sq, sk,
-    UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """One program: BLOCK_M queries of one head, and all the keys that they may see."""
     tiles = tl.cdiv(sq, BLOCK_M)
@@ -128,6 +137,9 @@ def biases_kernel(
     q_at = q_ptr + b * q_b + h * q_h + tl.cast(first, tl.int64) * q_m
     k_at = k_ptr + b * k_b + h * k_h
     v_at = v_ptr + b * v_b + h * v_h
+    if DESCRIPTORS:
+        k_at = tl.make_tensor_descriptor(k_at, [sk, 32], [k_n, 1], [BLOCK_N, 32])
+        v_at = tl.make_tensor_descriptor(v_at, [sk, 32], [v_n, 1], [BLOCK_N, 32])
     bias0_at = bias0_ptr + h * bias0_h + tl.cast(first, tl.int64) * bias0_q
     bias1_at = bias1_ptr + b * bias1_b
     seen_at = seen_ptr + b * seen_b + tl.cast(first, tl.int64) * seen_q
@@ -148,7 +160,7 @@ def biases_kernel(
             k_at, k_n, k_d, v_at, v_n, v_d,
             bias0_at, bias0_q, bias0_k, bias1_at, bias1_k, seen_at, seen_q, seen_k,
             sq, sk,
-            MASKED=True, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+            MASKED=True, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
         )
     total = tl.where(l == 0.0, 1.0, l)[:, None]  # a query that sees no key gets zeros
     lse = (m + tl.log2(l)) * 0.6931471805599453
@@ -156,8 +168,8 @@ def biases_kernel(
     at = bh * sq + first
     out_at = out_ptr + at * 32 + i[:, None] * 32
     e = tl.arange(0, 32)
-    out = acc / total
-    tl.store(out_at + e[None, :], out.to(out_ptr.dtype.element_ty), mask=(rows < sq)[:, None])
+    out = (acc / total).to(out_ptr.dtype.element_ty)
+    tl.store(out_at + e[None, :], out, mask=(rows < sq)[:, None])
     tl.store(lse_ptr + at + i, lse, mask=rows < sq)
 
 
@@ -188,16 +200,22 @@ def launch(q, k, v, bias0, bias1, seen, out, lse):
     bias0 = _spread("bias0", bias0, (1, heads, sq, sk))
     bias1 = _spread("bias1", bias1, (batch, 1, 1, sk))
     seen = _spread("seen", seen, (batch, 1, sq, sk), torch.bool).view(torch.uint8)
-    block_m, block_n, warps, stages = CONFIGS[_arch(q)]
-    grid = (triton.cdiv(sq, block_m) * batch * heads,)
+    arch = _arch(q)
+    descriptors = arch in DESCRIPTORS and _aligned(k) and _aligned(v)
+    if descriptors:
+        triton.set_allocator(_scratch)
+    configs = CONFIGS if descriptors or arch not in POINTERS else POINTERS
+    block_m, block_n, warps, stages = configs[arch]
+    turns = triton.cdiv(sq, block_m) * batch * heads
     with torch.cuda.device_of(q):
-        biases_kernel[grid](
+        biases_kernel[(turns,)](
             q, k, v, bias0, bias1, seen, out, lse,
             *q.stride(), *k.stride(), *v.stride(),
             bias0.stride(1), bias0.stride(2), bias0.stride(3),
             bias1.stride(0), bias1.stride(3),
             seen.stride(0), seen.stride(2), seen.stride(3),
             heads, sq, sk,
+            DESCRIPTORS=descriptors,
             UPCAST=_interpreted(q) and q.dtype == torch.bfloat16,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
@@ -205,6 +223,17 @@ def launch(q, k, v, bias0, bias1, seen, out, lse):
             num_stages=stages,
             enable_fp_fusion=True,
         )
+
+
+def _aligned(x):
+    """Say whether tensor descriptors can read x: whole rows, all addresses multiples of 16 bytes."""
+    steps = [x.data_ptr(), *(n * x.element_size() for n in x.stride()[:3])]
+    return x.stride(3) == 1 and x.stride(2) > 0 and all(n % 16 == 0 for n in steps)
+
+
+def _scratch(size, alignment, stream):
+    """Return memory in which a kernel builds its descriptors."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _expect(name, x, shape, dtype):

@@ -34,6 +34,12 @@ CONFIGS = {
     "gfx942": (64, 32, 4, 2),
     "interpreter": (32, 32, 1, 1),
 }
+POINTERS = {  # where tensor descriptors cannot read k or v
+    "sm_90": (64, 32, 4, 2),
+    "sm_100": (64, 32, 4, 2),
+}
+DESCRIPTORS = ("sm_90", "sm_100", "interpreter")  # where TMA copies tiles of k and v, if they are aligned
+L2 = 1 << 24  # bytes of keys and values that stay in the L2 cache
 
 
 @triton.jit
@@ -41,7 +47,7 @@ def _tile(
     acc, l, m, q, first, n,
     k_at, k_n, k_d, v_at, v_n, v_d,
     sq, sk,
-    MASKED: tl.constexpr, UPCAST: tl.constexpr,
+    MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Add the keys n .. n + BLOCK_N - 1 to the running softmax (acc, l, m) of one tile of queries.
@@ -53,16 +59,20 @@ def _tile(
     rows = first + i
     cols = n + j
     inside = cols < sk
-    d = tl.arange(0, 32)
-    k_tile = k_at + tl.cast(n, tl.int64) * k_n + j[:, None] * k_n + d[None, :] * k_d
-    e = tl.arange(0, 32)
-    v_tile = v_at + tl.cast(n, tl.int64) * v_n + j[:, None] * v_n + e[None, :] * v_d
-    if MASKED:
-        k = tl.load(k_tile, mask=inside[:, None], other=0.0)
-        v = tl.load(v_tile, mask=inside[:, None], other=0.0)
+    if DESCRIPTORS:  # rows past the end, and features past the head size, are zeros
+        k = k_at.load([n, 0])
+        v = v_at.load([n, 0])
     else:
-        k = tl.load(k_tile)
-        v = tl.load(v_tile)
+        d = tl.arange(0, 32)
+        k_tile = k_at + tl.cast(n, tl.int64) * k_n + j[:, None] * k_n + d[None, :] * k_d
+        e = tl.arange(0, 32)
+        v_tile = v_at + tl.cast(n, tl.int64) * v_n + j[:, None] * v_n + e[None, :] * v_d
+        if MASKED:
+            k = tl.load(k_tile, mask=inside[:, None], other=0.0)
+            v = tl.load(v_tile, mask=inside[:, None], other=0.0)
+        else:
+            k = tl.load(k_tile)
+            v = tl.load(v_tile)
     if UPCAST:
         k = k.to(tl.float32)
         v = v.to(tl.float32)
@@ -82,62 +92,71 @@ def _tile(
     return acc, l * shrink + tl.sum(p, 1), new_m
 
 
-@triton.jit(do_not_specialize=["heads", "sq", "sk"])
+@triton.jit(do_not_specialize=["heads", "sq", "sk", "all_heads", "section"])
 def causal_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
     q_b, q_h, q_m, q_d,
     k_b, k_h, k_n, k_d,
     v_b, v_h, v_n, v_d,
-    heads, sq, sk,
-    UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    heads, sq, sk, all_heads, section,
+    DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """One program: BLOCK_M queries of one head, and all the keys that they may see."""
+    """One program: tiles of BLOCK_M queries of one head, each with all the keys that they may see.
+
+    Programs take tiles in turns, those with the most keys first within each section of heads.
+    """
     tiles = tl.cdiv(sq, BLOCK_M)
-    tile = tiles - 1 - tl.program_id(0) % tiles
-    bh = tl.cast(tl.program_id(0) // tiles, tl.int64)
-    b = bh // heads
-    h = bh % heads
-    first = tile * BLOCK_M
-    last = tl.minimum(first + BLOCK_M, sq) - 1
-    i = tl.arange(0, BLOCK_M)
-    rows = first + i
-    q_at = q_ptr + b * q_b + h * q_h + tl.cast(first, tl.int64) * q_m
-    k_at = k_ptr + b * k_b + h // 2 * k_h
-    v_at = v_ptr + b * v_b + h // 2 * v_h
-    d = tl.arange(0, 32)
-    q_tile = q_at + i[:, None] * q_m + d[None, :] * q_d
-    q = tl.load(q_tile, mask=(rows < sq)[:, None], other=0.0)
-    if UPCAST:
-        q = q.to(tl.float32)
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, 32], tl.float32)
-    # Some query of this tile may see the keys lo .. hi; all of them see lo .. full_hi.
-    lo = 0
-    hi = tl.minimum(last + 1, sk)
-    full_hi = tl.maximum(tl.minimum(first + 1, hi) // BLOCK_N * BLOCK_N, lo)
-    for n in range(lo, full_hi, BLOCK_N):
-        acc, l, m = _tile(
-            acc, l, m, q, first, n,
-            k_at, k_n, k_d, v_at, v_n, v_d,
-            sq, sk,
-            MASKED=False, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-        )
-    for n in range(full_hi, hi, BLOCK_N):
-        acc, l, m = _tile(
-            acc, l, m, q, first, n,
-            k_at, k_n, k_d, v_at, v_n, v_d,
-            sq, sk,
-            MASKED=True, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-        )
-    total = l[:, None]
-    lse = (m + tl.log2(l)) * 0.6931471805599453
-    at = bh * sq + first
-    out_at = out_ptr + at * 32 + i[:, None] * 32
-    e = tl.arange(0, 32)
-    out = acc / total
-    tl.store(out_at + e[None, :], out.to(out_ptr.dtype.element_ty), mask=(rows < sq)[:, None])
-    tl.store(lse_ptr + at + i, lse, mask=rows < sq)
+    for turn in tl.range(tl.program_id(0), tiles * all_heads, tl.num_programs(0), disable_licm=True):
+        before = turn // (tiles * section) * section
+        width = tl.minimum(section, all_heads - before)
+        tile = tiles - 1 - (turn - before * tiles) // width
+        bh = tl.cast(before + (turn - before * tiles) % width, tl.int64)
+        b = bh // heads
+        h = bh % heads
+        first = tile * BLOCK_M
+        last = tl.minimum(first + BLOCK_M, sq) - 1
+        i = tl.arange(0, BLOCK_M)
+        rows = first + i
+        q_at = q_ptr + b * q_b + h * q_h + tl.cast(first, tl.int64) * q_m
+        k_at = k_ptr + b * k_b + h // 2 * k_h
+        v_at = v_ptr + b * v_b + h // 2 * v_h
+        if DESCRIPTORS:
+            k_at = tl.make_tensor_descriptor(k_at, [sk, 32], [k_n, 1], [BLOCK_N, 32])
+            v_at = tl.make_tensor_descriptor(v_at, [sk, 32], [v_n, 1], [BLOCK_N, 32])
+        d = tl.arange(0, 32)
+        q_tile = q_at + i[:, None] * q_m + d[None, :] * q_d
+        q = tl.load(q_tile, mask=(rows < sq)[:, None], other=0.0)
+        if UPCAST:
+            q = q.to(tl.float32)
+        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        l = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, 32], tl.float32)
+        # Some query of this tile may see the keys lo .. hi; all of them see lo .. full_hi.
+        lo = 0
+        hi = tl.minimum(last + 1, sk)
+        full_hi = tl.maximum(tl.minimum(first + 1, hi) // BLOCK_N * BLOCK_N, lo)
+        for n in range(lo, full_hi, BLOCK_N):
+            acc, l, m = _tile(
+                acc, l, m, q, first, n,
+                k_at, k_n, k_d, v_at, v_n, v_d,
+                sq, sk,
+                MASKED=False, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+            )
+        for n in range(full_hi, hi, BLOCK_N):
+            acc, l, m = _tile(
+                acc, l, m, q, first, n,
+                k_at, k_n, k_d, v_at, v_n, v_d,
+                sq, sk,
+                MASKED=True, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+            )
+        total = l[:, None]
+        lse = (m + tl.log2(l)) * 0.6931471805599453
+        at = bh * sq + first
+        out_at = out_ptr + at * 32 + i[:, None] * 32
+        e = tl.arange(0, 32)
+        out = (acc / total).to(out_ptr.dtype.element_ty)
+        tl.store(out_at + e[None, :], out, mask=(rows < sq)[:, None])
+        tl.store(lse_ptr + at + i, lse, mask=rows < sq)
 
 
 def attend(q, k, v):
@@ -164,13 +183,22 @@ def launch(q, k, v, out, lse):
         raise ValueError("expected at least one key, found none")
     if out.numel() == 0:
         return
-    block_m, block_n, warps, stages = CONFIGS[_arch(q)]
-    grid = (triton.cdiv(sq, block_m) * batch * heads,)
+    arch = _arch(q)
+    descriptors = arch in DESCRIPTORS and _aligned(k) and _aligned(v)
+    if descriptors:
+        triton.set_allocator(_scratch)
+    configs = CONFIGS if descriptors or arch not in POINTERS else POINTERS
+    block_m, block_n, warps, stages = configs[arch]
+    turns = triton.cdiv(sq, block_m) * batch * heads
+    programs = min(turns, 2 * _processors(q)) if arch in DESCRIPTORS else turns
+    # Heads that run at the same time find their keys and values in L2.
+    section = max(1, min(batch * heads, GROUP * L2 // (sk * (32 + 32) * k.element_size())))
     with torch.cuda.device_of(q):
-        causal_kernel[grid](
+        causal_kernel[(programs,)](
             q, k, v, out, lse,
             *q.stride(), *k.stride(), *v.stride(),
-            heads, sq, sk,
+            heads, sq, sk, batch * heads, section,
+            DESCRIPTORS=descriptors,
             UPCAST=_interpreted(q) and q.dtype == torch.bfloat16,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
@@ -178,6 +206,21 @@ def launch(q, k, v, out, lse):
             num_stages=stages,
             enable_fp_fusion=True,
         )
+
+
+def _aligned(x):
+    """Say whether tensor descriptors can read x: whole rows, all addresses multiples of 16 bytes."""
+    steps = [x.data_ptr(), *(n * x.element_size() for n in x.stride()[:3])]
+    return x.stride(3) == 1 and x.stride(2) > 0 and all(n % 16 == 0 for n in steps)
+
+
+def _scratch(size, alignment, stream):
+    """Return memory in which a kernel builds its descriptors."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _processors(q):
+    return 1 if _interpreted(q) else torch.cuda.get_device_properties(q.device).multi_processor_count
 
 
 def _expect(name, x, shape, dtype):

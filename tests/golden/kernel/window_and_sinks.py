@@ -34,6 +34,11 @@ CONFIGS = {
     "gfx942": (64, 32, 4, 2),
     "interpreter": (32, 32, 1, 1),
 }
+POINTERS = {  # where tensor descriptors cannot read k or v
+    "sm_90": (64, 32, 4, 2),
+    "sm_100": (64, 32, 4, 2),
+}
+DESCRIPTORS = ("sm_90", "sm_100", "interpreter")  # where TMA copies tiles of k and v, if they are aligned
 
 
 @triton.jit
@@ -41,7 +46,7 @@ def _tile(
     acc, l, m, q, first, n,
     k_at, k_n, k_d, v_at, v_n, v_d,
     sq, sk,
-    MASKED: tl.constexpr, UPCAST: tl.constexpr,
+    MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Add the keys n .. n + BLOCK_N - 1 to the running softmax (acc, l, m) of one tile of queries.
@@ -53,16 +58,20 @@ def _tile(
     rows = first + i
     cols = n + j
     inside = cols < sk
-    d = tl.arange(0, 32)
-    k_tile = k_at + tl.cast(n, tl.int64) * k_n + j[:, None] * k_n + d[None, :] * k_d
-    e = tl.arange(0, 32)
-    v_tile = v_at + tl.cast(n, tl.int64) * v_n + j[:, None] * v_n + e[None, :] * v_d
-    if MASKED:
-        k = tl.load(k_tile, mask=inside[:, None], other=0.0)
-        v = tl.load(v_tile, mask=inside[:, None], other=0.0)
+    if DESCRIPTORS:  # rows past the end, and features past the head size, are zeros
+        k = k_at.load([n, 0])
+        v = v_at.load([n, 0])
     else:
-        k = tl.load(k_tile)
-        v = tl.load(v_tile)
+        d = tl.arange(0, 32)
+        k_tile = k_at + tl.cast(n, tl.int64) * k_n + j[:, None] * k_n + d[None, :] * k_d
+        e = tl.arange(0, 32)
+        v_tile = v_at + tl.cast(n, tl.int64) * v_n + j[:, None] * v_n + e[None, :] * v_d
+        if MASKED:
+            k = tl.load(k_tile, mask=inside[:, None], other=0.0)
+            v = tl.load(v_tile, mask=inside[:, None], other=0.0)
+        else:
+            k = tl.load(k_tile)
+            v = tl.load(v_tile)
     if UPCAST:
         k = k.to(tl.float32)
         v = v.to(tl.float32)
@@ -89,7 +98,7 @@ def window_and_sinks_kernel(
     k_b, k_h, k_n, k_d,
     v_b, v_h, v_n, v_d,
     heads, sq, sk,
-    UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """One program: BLOCK_M queries of one head, and all the keys that they may see."""
     tiles = tl.cdiv(sq, BLOCK_M)
@@ -104,6 +113,9 @@ def window_and_sinks_kernel(
     q_at = q_ptr + b * q_b + h * q_h + tl.cast(first, tl.int64) * q_m
     k_at = k_ptr + b * k_b + h // 2 * k_h
     v_at = v_ptr + b * v_b + h // 2 * v_h
+    if DESCRIPTORS:
+        k_at = tl.make_tensor_descriptor(k_at, [sk, 32], [k_n, 1], [BLOCK_N, 32])
+        v_at = tl.make_tensor_descriptor(v_at, [sk, 32], [v_n, 1], [BLOCK_N, 32])
     d = tl.arange(0, 32)
     q_tile = q_at + i[:, None] * q_m + d[None, :] * q_d
     q = tl.load(q_tile, mask=(rows < sq)[:, None], other=0.0)
@@ -120,7 +132,7 @@ def window_and_sinks_kernel(
             acc, l, m, q, first, n,
             k_at, k_n, k_d, v_at, v_n, v_d,
             sq, sk,
-            MASKED=True, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+            MASKED=True, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
         )
     # Some query of this tile may see the keys lo_1 .. hi_1; all of them see full_lo_1 .. full_hi_1.
     lo_1 = tl.maximum(tl.maximum(first - 20, 0) // BLOCK_N * BLOCK_N, tl.cdiv(hi, BLOCK_N) * BLOCK_N)
@@ -133,29 +145,29 @@ def window_and_sinks_kernel(
             acc, l, m, q, first, n,
             k_at, k_n, k_d, v_at, v_n, v_d,
             sq, sk,
-            MASKED=True, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+            MASKED=True, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
         )
     for n in range(full_lo_1, full_hi_1, BLOCK_N):
         acc, l, m = _tile(
             acc, l, m, q, first, n,
             k_at, k_n, k_d, v_at, v_n, v_d,
             sq, sk,
-            MASKED=False, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+            MASKED=False, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
         )
     for n in range(full_hi_1, hi_1, BLOCK_N):
         acc, l, m = _tile(
             acc, l, m, q, first, n,
             k_at, k_n, k_d, v_at, v_n, v_d,
             sq, sk,
-            MASKED=True, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+            MASKED=True, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
         )
     total = l[:, None]
     lse = (m + tl.log2(l)) * 0.6931471805599453
     at = bh * sq + first
     out_at = out_ptr + at * 32 + i[:, None] * 32
     e = tl.arange(0, 32)
-    out = acc / total
-    tl.store(out_at + e[None, :], out.to(out_ptr.dtype.element_ty), mask=(rows < sq)[:, None])
+    out = (acc / total).to(out_ptr.dtype.element_ty)
+    tl.store(out_at + e[None, :], out, mask=(rows < sq)[:, None])
     tl.store(lse_ptr + at + i, lse, mask=rows < sq)
 
 
@@ -183,13 +195,19 @@ def launch(q, k, v, out, lse):
         raise ValueError("expected at least one key, found none")
     if out.numel() == 0:
         return
-    block_m, block_n, warps, stages = CONFIGS[_arch(q)]
-    grid = (triton.cdiv(sq, block_m) * batch * heads,)
+    arch = _arch(q)
+    descriptors = arch in DESCRIPTORS and _aligned(k) and _aligned(v)
+    if descriptors:
+        triton.set_allocator(_scratch)
+    configs = CONFIGS if descriptors or arch not in POINTERS else POINTERS
+    block_m, block_n, warps, stages = configs[arch]
+    turns = triton.cdiv(sq, block_m) * batch * heads
     with torch.cuda.device_of(q):
-        window_and_sinks_kernel[grid](
+        window_and_sinks_kernel[(turns,)](
             q, k, v, out, lse,
             *q.stride(), *k.stride(), *v.stride(),
             heads, sq, sk,
+            DESCRIPTORS=descriptors,
             UPCAST=_interpreted(q) and q.dtype == torch.bfloat16,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
@@ -197,6 +215,17 @@ def launch(q, k, v, out, lse):
             num_stages=stages,
             enable_fp_fusion=True,
         )
+
+
+def _aligned(x):
+    """Say whether tensor descriptors can read x: whole rows, all addresses multiples of 16 bytes."""
+    steps = [x.data_ptr(), *(n * x.element_size() for n in x.stride()[:3])]
+    return x.stride(3) == 1 and x.stride(2) > 0 and all(n % 16 == 0 for n in steps)
+
+
+def _scratch(size, alignment, stream):
+    """Return memory in which a kernel builds its descriptors."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _expect(name, x, shape, dtype):
