@@ -78,7 +78,8 @@ def tune(
     then is left out.  ``clock`` times a call, by default with the GPU's own events.
 
     Raises:
-        UnsupportedError: no kernel can serve the spec, or there is no GPU to measure on.
+        UnsupportedError: no kernel can serve the spec, kernels of this kind take more than the tensors of a
+            spec, or there is no GPU to measure on.
         CodegenError: the default tiles cannot run here, so there is nothing to compare with.
     """
     miss = can_run(spec, kind)
