@@ -173,6 +173,8 @@ def _attnc(t: Tensors) -> Call:
         raise UnfitError(f"not emitted: {miss.code}: {miss.why}")
     if kind == "forward":
         return _passes(t, lambda q, k, v: run(spec, q, k, v, t.captured)[0])
+    if kind == "backward" and not t.q.is_cuda:
+        raise UnfitError("not measured: on the CPU attend runs the spec, and no kernel")
     if kind == "backward":
         return _passes(t, lambda q, k, v: torch.ops.attnc.attend(q, k, v, t.captured, str(spec))[0])
     if kind == "decode":

@@ -102,7 +102,7 @@ def test_a_mask_as_a_tensor_is_the_mask():
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Return what a run of all tiny cases writes, in a process of its own for the interpreter."""
+    """Return what a run of all tiny cases writes; a process of its own, as triton's interpreter needs it."""
     path = tmp_path_factory.mktemp("result") / "gpu.json"
     program = (
         "import sys; sys.path.insert(0, 'benchmarks'); import gpu;"

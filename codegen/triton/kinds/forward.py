@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from attnc.codegen.triton.bench import TOKENS
 from attnc.codegen.triton.configs import TMA, choose
 from attnc.codegen.triton.holes import fill_holes
 from attnc.codegen.triton.kinds.kind import Configs, Kind, Program
@@ -32,4 +33,5 @@ KIND = Kind(
     ),
     norms=(Softmax, SignedSoftmax, RoundedSoftmax, Elementwise),
     places="qkhb",
+    bench=(TOKENS, TOKENS),
 )

@@ -40,7 +40,8 @@ class Kind:
     ``template`` lies in ``templates/``; ``choose`` gives the default tiles of a canonical spec and ``fill``
     the value of each hole; ``obstacles`` yields what stands against it beside what no kernel can do, for a
     spec and the node to blame.  ``norms`` are the normalizers whose weights it computes, and ``places`` the
-    positions that its expressions and masks may compute with (``head`` and ``batch`` in its tile).
+    positions that its expressions and masks may compute with (``head`` and ``batch`` in its tile).  ``bench``
+    gives the queries and keys with which a file times itself, None where it does not.
     """
 
     name: str
@@ -51,3 +52,4 @@ class Kind:
     programs: tuple[Program, ...] = (Program(),)
     norms: tuple[type, ...] = (Softmax, SignedSoftmax, Elementwise)
     places: str = "qk"
+    bench: tuple[int, int] | None = None
