@@ -23,9 +23,9 @@ from attnc.codegen.triton.heads import MOST
 from attnc.codegen.triton.inputs import FLOATS, problem
 from attnc.codegen.triton.kinds import KINDS, Kind
 from attnc.codegen.triton.pointwise import problem as pointwise_problem
-from attnc.codegen.triton.steps import overflows
+from attnc.codegen.triton.steps import WEIGHED, overflows
 from attnc.errors import CodegenError, UnsupportedError
-from attnc.ir import AttentionSpec, Elementwise, Kernel, Miss, Plan, Pointwise, SignedSoftmax
+from attnc.ir import AttentionSpec, Kernel, Miss, Plan, Pointwise, SignedSoftmax
 from attnc.masks import And, Band, Dense, Formula, Full, Mask, Not, Or, Padding, Range
 from attnc.printer import parse
 
@@ -71,7 +71,7 @@ def _obstacles(spec: AttentionSpec, node: str, kind: Kind) -> Iterator[Miss]:
     if isinstance(spec.norm, SignedSoftmax) and overflows(spec.fill):
         why = f"triton: a signed softmax makes the fill {spec.fill.value} a magnitude beyond fp32 in base 2"
         yield Miss("triton-normalizer", node, why)
-    if isinstance(spec.norm, Elementwise) and (absent := pointwise_problem(Pointwise(spec.norm.expr))):
+    if isinstance(spec.norm, WEIGHED) and (absent := pointwise_problem(Pointwise(spec.norm.expr))):
         yield Miss("triton-normalizer", node, f"triton: {absent}, found {spec.norm}")
     if not _known(spec.mask, kind.places):
         over = ", ".join(kind.places)

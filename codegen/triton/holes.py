@@ -16,6 +16,7 @@ from attnc.codegen.triton.pointwise import kernel_lines, reads_positions, torch_
 from attnc.codegen.triton.steps import (
     LEAST,
     LOG2E,
+    WEIGHED,
     fill_text,
     kernel_steps,
     overflows,
@@ -24,7 +25,16 @@ from attnc.codegen.triton.steps import (
     reference_steps,
     wide_biases,
 )
-from attnc.ir import AttentionSpec, Bias, Elementwise, Fill, Pointwise, RoundedSoftmax, SignedSoftmax
+from attnc.ir import (
+    AttentionSpec,
+    Bias,
+    Elementwise,
+    Fill,
+    Normalized,
+    Pointwise,
+    RoundedSoftmax,
+    SignedSoftmax,
+)
 from attnc.masks import Formula, Full
 from attnc.pointwise import names
 
@@ -191,7 +201,7 @@ def _score_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, An
         **own_functions(spec),
         "exact_tanh": spec.q.dtype == torch.float32,
         "two_log2e": repr(2 * LOG2E),
-        "steps": kernel_steps(spec.scores, inputs, base2=not isinstance(spec.norm, Elementwise)),
+        "steps": kernel_steps(spec.scores, inputs, base2=not isinstance(spec.norm, WEIGHED)),
         "step_loads": [_input(x) for x in scoring if x.per_tile],
         "early_loads": [_input(x) for x in inputs if not x.per_tile and x.role != "sink"],
         "reference_steps": reference_steps(spec.scores, inputs),
@@ -230,8 +240,8 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: boo
         last = f"MASKED={needs_mask}, {loads}UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,"
         return [f"{state} = _tile(", *(f"    {line}" for line in [*given, last]), ")"]
 
-    weighs, fill = not isinstance(spec.norm, Elementwise), _visited(spec)
-    floor = tiles.floor(spec.mask, fill) if masked and weighs else None
+    exponential, fill = not isinstance(spec.norm, WEIGHED), _visited(spec)
+    floor = tiles.floor(spec.mask, fill) if masked and exponential else None
     return {
         "descriptors": descriptors,
         "state": state,
@@ -241,7 +251,7 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: boo
             "BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,",
         ],
         "keep": tiles.keep(spec.mask, inputs) if masked else "",
-        "fill": fill_text(spec.fill, base2=weighs),
+        "fill": fill_text(spec.fill, base2=exponential),
         "mask_loads": [_input(x) for x in inputs if x.role in ("valid", "seen", "ids") and x.per_tile],
         "loops": tiles.loops(spec.mask, fill, call),
         "floor": "" if floor is None else repr(floor),
@@ -260,13 +270,13 @@ def _tile_terms(x: Input) -> list[str]:
 
 
 def _visited(spec: AttentionSpec) -> Fill:
-    """Return the fill by which tiles are skipped: without a sum, what a hidden score weighs alone decides.
+    """Return the fill by which tiles are skipped: without exponentials, what a hidden score weighs decides.
 
     To a signed softmax a low fill is a large magnitude.
     """
     if isinstance(spec.norm, SignedSoftmax):
         return Fill() if spec.fill.value == -math.inf else Fill(0.0)
-    if not isinstance(spec.norm, Elementwise):
+    if not isinstance(spec.norm, WEIGHED):
         return spec.fill
     settles = spec.fill.how == "replace" or spec.fill.value == -math.inf
     return Fill() if settles and spec.norm.weight(spec.fill.value) == 0.0 else Fill(0.0)
@@ -274,17 +284,34 @@ def _visited(spec: AttentionSpec) -> Fill:
 
 def _weight_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any]:
     """Return how scores become weights: by a running softmax, or each by a function of its own."""
-    if not isinstance(spec.norm, Elementwise):
+    if not isinstance(spec.norm, WEIGHED):
         signed, rounded = (isinstance(spec.norm, x) for x in (SignedSoftmax, RoundedSoftmax))
-        return {"weigh": [], "signed": signed, "rounded": rounded, **_softmax_holes(spec, inputs)}
+        flags = {"signed": signed, "rounded": rounded, "shares": False}
+        return {"weigh": [], **flags, **_softmax_holes(spec, inputs)}
     step = Pointwise(spec.norm.expr)
     lines = kernel_lines(step, {})[1:]
     return {
         "weigh": [*lines[:-1], f"p = {lines[-1].removeprefix('s = ')}"],
         "weigh_as": spec.norm.expr,
         "reference_weigh": torch_lines(step, {}),
-        **dict.fromkeys(("signed", "rounded", "safe", "base2", "extreme", "sink"), False),
+        **dict.fromkeys(("signed", "rounded", "safe", "base2", "extreme", "sink", "shares"), False),
         "start": _empty_sums(spec),
+        **(_share_holes(spec, spec.norm) if isinstance(spec.norm, Normalized) else {}),
+    }
+
+
+def _share_holes(spec: AttentionSpec, norm: Normalized) -> dict[str, Any]:
+    """Return how weights are summed, and what they are divided by in the end."""
+    added = f" + {norm.added!r}" if norm.added else ""
+    bounded, least = norm.least != -math.inf, norm.least
+    none = [f"{x} = tl.zeros([BLOCK_M], tl.float32)" for x in "ml"]
+    return {
+        "shares": True,
+        "start": [*none, *_empty_sums(spec)],
+        "whole": f"tl.maximum(l * m{added}, {least!r})" if bounded else f"l * m{added}",
+        "reference_whole": f"(s.sum(-1, keepdim=True){added}).clamp(min={least!r})"
+        if bounded
+        else f"s.sum(-1, keepdim=True){added}",
     }
 
 

@@ -15,12 +15,14 @@ import torch
 
 from attnc.codegen.triton.inputs import Input, find
 from attnc.codegen.triton.pointwise import OWN, called_functions, kernel_lines, least_constant, torch_lines
-from attnc.ir import AttentionSpec, Elementwise, Fill, Gain, Pointwise, Scale, Softcap, Step
+from attnc.ir import AttentionSpec, Elementwise, Fill, Gain, Normalized, Pointwise, Scale, Softcap, Step
 
 LOG2E = math.log2(math.e)
 FP32_MIN = torch.finfo(torch.float32).min
 LEAST = FP32_MIN / LOG2E
 """The lowest score that base 2 can hold in fp32; lower ones, which only masks have, stand for themselves."""
+WEIGHED = (Elementwise, Normalized)
+"""Normalizers that weigh by an expression of the score, which stays in natural units."""
 UNDERFLOW = 151.0
 """Base-2 distance below the maximum at which a weight is 0 in fp32: the least subnormal is 2**-149."""
 
@@ -126,7 +128,7 @@ def overflows(fill: Fill) -> bool:
 
 def own_functions(spec: AttentionSpec) -> dict[str, bool]:
     """Say of each function that Triton lacks whether the file has to bring it along."""
-    weighs = [Pointwise(spec.norm.expr)] if isinstance(spec.norm, Elementwise) else []
+    weighs = [Pointwise(spec.norm.expr)] if isinstance(spec.norm, WEIGHED) else []
     called = {f for s in (*spec.scores, *weighs) if isinstance(s, Pointwise) for f in called_functions(s)}
     capped = {"tanh"} if any(isinstance(s, Softcap) for s in spec.scores) else set()
     return {name: name in called | capped for name in OWN}

@@ -23,7 +23,7 @@ from attnc.printer import parse
 
 
 @pytest.mark.parametrize(
-    "name", ["causal", "left_padded", "window_and_sinks", "biases", "capped_window", "documents"]
+    "name", ["causal", "left_padded", "window_and_sinks", "biases", "capped_window", "documents", "taylor"]
 )
 def test_the_file_is_the_one_that_was_reviewed(name: str, corpus, golden) -> None:
     kernel = emit(corpus[name], name=name)
