@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from attnc.codegen.triton.configs import Config
+from attnc.codegen.triton.holes import argument_types
 from attnc.ir import AttentionSpec, Elementwise, Miss, SignedSoftmax, Softmax
 
 Configs = dict[str, Config]
 """Tiles by architecture: ``sm_80``, ``sm_86``, ``sm_90``, ``sm_100``, ``gfx942``, ``interpreter``."""
+Types = tuple[dict[str, str], dict[str, int]]
+"""Triton's type of each run-time argument, and the strides that are 1 in a packed tensor."""
 
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -41,6 +44,7 @@ class Kind:
     the value of each hole; ``obstacles`` yields what stands against it beside what no kernel can do, for a
     spec and the node to blame.  ``norms`` are the normalizers whose weights it computes, and ``places`` the
     positions that its expressions and masks may compute with (``head`` and ``batch`` in its tile).
+    ``types`` names what its kernels take.
     """
 
     name: str
@@ -51,3 +55,4 @@ class Kind:
     programs: tuple[Program, ...] = (Program(),)
     norms: tuple[type, ...] = (Softmax, SignedSoftmax, Elementwise)
     places: str = "qk"
+    types: Callable[[AttentionSpec], Types] = argument_types
