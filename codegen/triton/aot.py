@@ -18,7 +18,6 @@ from typing import Any
 
 from attnc.codegen.triton.configs import SHARED_LIMIT
 from attnc.codegen.triton.emit import kind_of, spec_of
-from attnc.codegen.triton.holes import argument_types
 from attnc.codegen.triton.kinds import KINDS, TARGETS, Program
 from attnc.codegen.triton.store import load
 from attnc.errors import CodegenError
@@ -104,7 +103,7 @@ def compile_for(kernel: Kernel, module: ModuleType, target: str, program: Progra
 
     block_m, block_n, warps, stages = getattr(module, program.configs)[target]
     fn = getattr(module, f"{kernel.name}_{program.kernel}")
-    types, ones = argument_types(spec_of(kernel.source))
+    types, ones = KINDS[kind_of(kernel.source)].types(spec_of(kernel.source))
     constants: dict[str, Any] = {**ones, **program.constants, "BLOCK_M": block_m, "BLOCK_N": block_n}
     signature = {
         name: types.get(name, "constexpr") if name not in ones else "constexpr" for name in fn.arg_names
