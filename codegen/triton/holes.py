@@ -77,6 +77,7 @@ def fill_holes(
         "layout": layout,
         "lists": False,  # whether only listed pairs count
         "given": "",  # what a call gives beside the spec's tensors
+        "height": "sk",  # how many rows of keys and values a descriptor reads
         **_head_holes(spec),
         **_input_holes(spec, inputs, layout),
         **_score_holes(spec, inputs),
@@ -220,11 +221,11 @@ def _score_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, An
         "early_loads": [_input(x) for x in inputs if not x.per_tile and x.role != "sink"],
         "reference_steps": reference_steps(spec.scores, inputs),
         "positions": any(isinstance(s, Pointwise) and reads_positions(s) for s in spec.scores),
-        "places": _places(spec),
+        "places": places(spec),
     }
 
 
-def _places(spec: AttentionSpec) -> dict[str, str]:
+def places(spec: AttentionSpec) -> dict[str, str]:
     """Return which of batch entry and head scores or mask read: the name in a tile, and in a program."""
     read = {n for s in spec.scores if isinstance(s, Pointwise) for n in names(s.term)}
     for atom in atoms(spec.mask):
@@ -244,7 +245,7 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: boo
     )
     given = [f"{state}, {queries}, first, n,", f"{keys}, k_n, k_d, {values}, v_n, v_d,"]
     extra = [t for x in inputs if x.role != "sink" for t in _tile_terms(x)]
-    extra += _places(spec)
+    extra += places(spec)
     given += [_row(extra)] if extra else []
     given.append("sq, sk,")
 
