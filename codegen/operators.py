@@ -65,6 +65,8 @@ class Operator:
 
         def run(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
             rows = [self._overload(*_select(args, in_dims, i)) for i in range(info.batch_size)]
+            if isinstance(rows[0], Tensor):
+                return torch.stack(rows), 0
             stacked = [torch.stack(column) for column in zip(*rows, strict=True)]
             return type(rows[0])(stacked), type(rows[0])([0] * len(stacked))
 

@@ -165,7 +165,7 @@ class _Point:
         return _spread(P.push_forward(step.term, self._read(step, s)), s.value)
 
     def pull(self, step: Step, s: Dual, ds: Dual, sums: dict[str, Dual]) -> Dual:
-        """Return the gradient of the scores ``s`` before a step from that after; add to operands' ``sums``."""
+        """Return the gradient of the scores ``s`` before a step from that after; ``sums`` takes operands'."""
 
         def add(operand: str, gradient: Dual) -> None:
             shape = self.named[operand].value.shape
