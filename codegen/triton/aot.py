@@ -53,7 +53,8 @@ def report_rows(kernel: Kernel, targets: tuple[str, ...] = TARGETS) -> list[dict
         CodegenError: triton is not installed, or it was imported in interpreter mode.
     """
     module = _jit_module(kernel)
-    programs = KINDS[kind_of(kernel.source)].programs
+    kind = KINDS[kind_of(kernel.source)]
+    programs = (*kind.programs, *kind.more(spec_of(kernel.source)))
     return [_row(kernel, module, t, p) for t in targets for p in programs if t in p.targets]
 
 
