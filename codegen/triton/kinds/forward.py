@@ -32,4 +32,5 @@ KIND = Kind(
     ),
     norms=(Softmax, SignedSoftmax, RoundedSoftmax, Elementwise, Normalized),
     places="qkhb",
+    mixed=True,
 )

@@ -40,7 +40,8 @@ class Kind:
     ``template`` lies in ``templates/``; ``choose`` gives the default tiles of a canonical spec and ``fill``
     the value of each hole; ``obstacles`` yields what stands against it beside what no kernel can do, for a
     spec and the node to blame.  ``norms`` are the normalizers whose weights it computes, and ``places`` the
-    positions that its expressions and masks may compute with (``head`` and ``batch`` in its tile).
+    positions that its expressions and masks may compute with (``head`` and ``batch`` in its tile).  ``mixed``
+    says that values may be in half precision beside queries and keys in fp32.
     """
 
     name: str
@@ -51,3 +52,4 @@ class Kind:
     programs: tuple[Program, ...] = (Program(),)
     norms: tuple[type, ...] = (Softmax, SignedSoftmax, Elementwise)
     places: str = "qk"
+    mixed: bool = False
