@@ -12,6 +12,7 @@ differentiable torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from attnc.errors import UnsupportedError
-from attnc.ir import AttentionSpec, Bias, Gain, Pointwise, Scale, Softcap, Softmax, Step
+from attnc.ir import AttentionSpec, Bias, Elementwise, Gain, Pointwise, Scale, Softcap, Softmax, Step
 from attnc.masks import Full, Grid
 from attnc.pointwise import SCORE
 from attnc.printer import parse
@@ -32,9 +33,17 @@ _BACKWARD = (
 
 
 def execute(
-    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor] = ()
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor] = (),
+    listed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run ``spec`` in plain torch as ``spec(...)`` does, but never expand grouped keys and values.
+
+    ``listed``, bool, broadcasts to ``[B, H, Sq, Sk]``: pairs that are not in it add nothing, whatever the
+    spec's fill; a query without any is one that sees no key.
 
     Raises:
         UnsupportedError: the spec has dropout, for which the operator has no seed.
@@ -43,7 +52,10 @@ def execute(
     _check(spec, q, k, v, captured)
     named = {o.name: t for o, t in zip(spec.captured, captured, strict=True)}
     states, _ = _scores(spec, q, k, named)
-    weights, lse = spec.norm.apply(states[-1], named)
+    scores = states[-1] if listed is None else states[-1].masked_fill(~listed, -math.inf)
+    weights, lse = spec.norm.apply(scores, named)
+    if listed is not None and isinstance(spec.norm, Elementwise):
+        weights = weights.masked_fill(~listed, 0.0)
     out = _stack(weights, k) @ v.to(weights.dtype)
     return out.view(*q.shape[:3], v.shape[3]).to(q.dtype), lse.contiguous()
 

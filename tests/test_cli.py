@@ -331,6 +331,7 @@ def test_emit_report_compiles_each_different_kernel_once(api, bert, capsys, tmp_
 
     row = {
         "kernel": "site_0",
+        "program": "kernel",
         "target": "sm_90",
         "registers": 128,
         "shared": 4096,

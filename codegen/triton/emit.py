@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnc import logs
+from attnc.codegen.triton.bench import bench_holes
 from attnc.codegen.triton.canonical import canonical
 from attnc.codegen.triton.configs import CAPABILITIES, UNKNOWN, Config
 from attnc.codegen.triton.formulas import problem as formula_problem
@@ -117,7 +118,8 @@ def emit(
     if miss:
         raise UnsupportedError(f"{miss.why} (in {spec})")
     own, chosen = canonical(spec), _kind(kind)
-    holes = {"kind": kind, "arches": _arches(), **chosen.fill(own, {**chosen.choose(own), **(configs or {})})}
+    frame = {"kind": kind, "arches": _arches(), **bench_holes(own, chosen.bench)}
+    holes = {**frame, **chosen.fill(own, {**chosen.choose(own), **(configs or {})})}
     text = _render(chosen.template, holes, key="", prefix="")
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     return Kernel(name, _render(chosen.template, holes, key=key, prefix=f"{name}_"), key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from attnc.codegen.triton.configs import Config
 from attnc.codegen.triton.formulas import positions
 from attnc.codegen.triton.heads import Part, head_parts
 from attnc.codegen.triton.inputs import Input, atoms, name_inputs
+from attnc.codegen.triton.layout import DENSE, Layout
 from attnc.codegen.triton.pointwise import kernel_lines, reads_positions, torch_lines
 from attnc.codegen.triton.steps import (
     LEAST,
@@ -40,6 +42,8 @@ from attnc.pointwise import names
 
 CASES = ((1, 1, 1, 1), (2, 2, 33, 17), (1, 2, 17, 65), (2, 1, 65, 65), (1, 2, 300, 300), (2, 2, 129, 513))
 """Batch, key/value heads, Sq and Sk of the self-test; the interpreter runs the first four."""
+TURNS = ("all_heads", "section")
+"""What a kernel is told whose programs take tiles in turns."""
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.bool: "u8"}
 _TYPES |= {torch.int64: "i64", torch.int32: "i32", torch.float64: "fp64"}
 _AXES = {"b": "B", "h": "H", "q": "Sq", "k": "Sk"}
@@ -56,11 +60,12 @@ _ROLES = {
 
 
 def fill_holes(
-    spec: AttentionSpec, configs: dict[str, Config], *, descriptors: bool = False
+    spec: AttentionSpec, configs: dict[str, Config], *, descriptors: bool = False, layout: Layout = DENSE
 ) -> dict[str, Any]:
     """Return the value of every named hole of the frame and of the forward kernel, for a canonical spec.
 
-    ``descriptors`` says that the kernel has a second way to load keys and values, by tensor descriptors.
+    ``descriptors`` says that the kernel has a second way to load keys and values, by tensor descriptors,
+    ``layout`` how its arguments are laid out.
     """
     inputs = name_inputs(spec)
     return {
@@ -70,8 +75,11 @@ def fill_holes(
         "group": spec.group_size,
         "kv_head": f"h // {spec.group_size}" if spec.group_size > 1 else "h",
         "configs": [(arch, str(config)) for arch, config in configs.items()],
+        "layout": layout,
+        "lists": False,  # whether only listed pairs count
+        "given": "",  # what a call gives beside the spec's tensors
         **_head_holes(spec),
-        **_input_holes(spec, inputs),
+        **_input_holes(spec, inputs, layout),
         **_score_holes(spec, inputs),
         **_loop_holes(spec, inputs, descriptors),
         **_weight_holes(spec, inputs),
@@ -119,25 +127,31 @@ def _tile_of(part: Part, name: str, letter: str, rows: str) -> dict[str, Any]:
     }
 
 
-def _input_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any]:
+def _input_holes(spec: AttentionSpec, inputs: tuple[Input, ...], layout: Layout) -> dict[str, Any]:
     """Return parameters, arguments, and samples for the self-test."""
     tensors = [o.name for o in spec.captured]  # canonical names are those of the launcher
     strides = [s for x in inputs for s in x.strides()]
-    main = [f"{t}_{a}" for t, axes in (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd")) for a in axes]
-    pointers = ["q_ptr", "k_ptr", "v_ptr", *(f"{x.name}_ptr" for x in inputs), "out_ptr", "lse_ptr"]
-    rows = [
-        _row(pointers),
-        *(_row(main[i : i + 4]) for i in (0, 4, 8)),
-        *([_row(strides)] if strides else []),
-    ]
     names = ["q", "k", "v", *tensors]
     passed = ["q", "k", "v", *(x.name for x in inputs), "out", "lse"]
-    more = [_row(list(x.stride_values())) for x in inputs if x.axes]
+    parameters: list[Sequence[str]] = [
+        [f"{x}_ptr" for x in passed],
+        [f"{x}_ptr" for x in layout.lists],
+        *layout.strides(),
+        strides,
+        layout.list_strides(),
+    ]
+    arguments: list[Sequence[str]] = [
+        passed,
+        list(layout.lists),
+        [f"*{x}.stride()" for x in layout.axes],
+        *(x.stride_values() for x in inputs),
+        layout.list_stride_values(),
+    ]
     square = any(x.tensor != x.name for x in inputs)  # a tensor over tokens, read for queries and for keys
     return {
         "cases": [(b, h, max(sq, sk), max(sq, sk)) if square else (b, h, sq, sk) for b, h, sq, sk in CASES],
-        "kernel_params": rows,
-        "launch_args": [_row(passed), "*q.stride(), *k.stride(), *v.stride(),", *more],
+        "kernel_params": [_row(x) for x in parameters if x],
+        "launch_args": [_row(x) for x in arguments if x],
         "signature": ", ".join(names),
         "arguments": ", ".join(names),
         "tensors": [{"line": _describe(x)} for x in inputs],
@@ -147,7 +161,7 @@ def _input_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, An
     }
 
 
-def _row(names: list[str]) -> str:
+def _row(names: Sequence[str]) -> str:
     return ", ".join(names) + ","
 
 
@@ -254,10 +268,13 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: boo
         "keep": tiles.keep(spec.mask, inputs) if masked else "",
         "fill": fill_text(spec.fill, base2=exponential),
         "mask_loads": [_input(x) for x in inputs if x.role in ("valid", "seen", "ids") and x.per_tile],
+        "unmasked_tile": call(False),
+        "masked_tile": call(True),
         "loops": tiles.loops(spec.mask, fill, call),
         "floor": "" if floor is None else repr(floor),
         "restart": tiles.loop("0", "sk", call(True), "tl.range({}, {}, BLOCK_N, num_stages=1)"),
         "grows": tiles.grows(spec.mask),
+        "turns": TURNS,
         "reference_keep": tiles.reference_keep(spec.mask, inputs) if masked else "",
         "reference_fill": reference_fill(spec.fill),
     }
@@ -352,15 +369,15 @@ def _softmax_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, 
     }
 
 
-def argument_types(spec: AttentionSpec) -> tuple[dict[str, str], dict[str, int]]:
+def argument_types(spec: AttentionSpec, layout: Layout = DENSE) -> tuple[dict[str, str], dict[str, int]]:
     """Return triton's type of each run-time argument, and the strides that are 1 in a packed tensor."""
     inputs = name_inputs(spec)
     main = _TYPES[spec.q.dtype]
     types = {f"{t}_ptr": f"*{main}" for t in ("q", "k", "out")} | {"lse_ptr": "*fp32"}
     types |= {"v_ptr": f"*{_TYPES[spec.v.dtype]}"}
     types |= {f"{x.name}_ptr": f"*{_TYPES[x.operand.dtype]}" for x in inputs}
-    types |= {f"{t}_{a}": "i32" for t, axes in (("q", "bhm"), ("k", "bhn"), ("v", "bhn")) for a in axes}
-    types |= {s: "i32" for x in inputs for s in x.strides()}
-    types |= {name: "i32" for name in ("heads", "sq", "sk", "all_heads", "section")}
-    ones = {f"{t}_d": 1 for t in ("q", "k", "v")}
-    return types, ones | {f"{x.name}_{x.axes[-1]}": 1 for x in inputs if x.axes}
+    types |= {f"{name}_ptr": "*i32" for name in layout.lists}
+    strides = [*layout.strides(), *(x.strides() for x in inputs)]
+    ones = {x[-1]: 1 for x in strides if x}
+    numbers = [s for x in strides for s in x if s not in ones]
+    return types | dict.fromkeys((*numbers, *layout.list_strides(), *layout.sizes, *TURNS), "i32"), ones

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from attnc.codegen.triton.bench import TOKENS
 from attnc.codegen.triton.configs import TMA, choose
 from attnc.codegen.triton.holes import fill_holes
 from attnc.codegen.triton.kinds.kind import Configs, Kind, Program
@@ -33,4 +34,5 @@ KIND = Kind(
     norms=(Softmax, SignedSoftmax, RoundedSoftmax, Elementwise, Normalized),
     places="qkhb",
     mixed=True,
+    bench=(TOKENS, TOKENS),
 )
