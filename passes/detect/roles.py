@@ -85,7 +85,8 @@ def candidates(
 
 def _widens(node: fx.Node, narrow: torch.dtype) -> bool:
     """Say whether the node makes fp32 of a tensor of dtype ``narrow``, on its device."""
-    here, there = tensor_of(node), tensor_of(node.args[0]) if is_float_cast(node) else None
+    source = node.args[0] if is_float_cast(node) else None
+    here, there = tensor_of(node), tensor_of(source) if isinstance(source, fx.Node) else None
     if here is None or there is None:
         return False
     return (here.dtype, there.dtype, here.device) == (torch.float32, narrow, there.device)
