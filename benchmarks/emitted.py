@@ -10,8 +10,8 @@ one computation; for each the table says whether a kernel is emitted, or the cod
 ``--self-test`` also runs each file's own test under Triton's interpreter.
 
 Rows are kept in ``build/recognition`` until corpus, capture or detection change, so that a second run after a
-change in ``codegen/`` is quick.  The results go to ``benchmarks/results/emitted.json``, but for those of a run
-with ``--only`` or ``--dtype``.
+change in ``codegen/`` is quick.  The results go to ``benchmarks/results/emitted.json``, but for those of a
+run with ``--only`` or ``--dtype``.
 """
 
 from __future__ import annotations

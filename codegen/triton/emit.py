@@ -14,6 +14,8 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from attnc import logs
 from attnc.codegen.triton.bench import bench_holes
 from attnc.codegen.triton.canonical import canonical
@@ -55,9 +57,10 @@ def _obstacles(spec: AttentionSpec, node: str, kind: Kind) -> Iterator[Miss]:
         why = f"triton: expected fixed head sizes of 1 to {MOST}, found {dims}"
         yield Miss("triton-head-size", node, why)
     dtypes = {x.dtype for x in (spec.q, spec.k, spec.v)}
-    if len(dtypes) != 1 or not dtypes <= set(FLOATS):
+    mixed = kind.mixed and spec.q.dtype == spec.k.dtype == torch.float32
+    if not dtypes <= set(FLOATS) or (len(dtypes) != 1 and not mixed):
         found = ", ".join(sorted(map(str, dtypes)))
-        why = f"triton: expected q, k, v all in float16, bfloat16 or float32, found {found}"
+        why = f"triton: expected q, k, v in one of float16, bfloat16 and float32, found {found}"
         yield Miss("triton-dtype", node, why)
     if spec.dropout:
         yield Miss("triton-dropout", node, f"triton: expected dropout 0, found {spec.dropout}")

@@ -45,7 +45,7 @@ CASES = ((1, 1, 1, 1), (2, 2, 33, 17), (1, 2, 17, 65), (2, 1, 65, 65), (1, 2, 30
 TURNS = ("all_heads", "section")
 """What a kernel is told whose programs take tiles in turns."""
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.bool: "u8"}
-_TYPES |= {torch.int64: "i64", torch.int32: "i32"}
+_TYPES |= {torch.int64: "i64", torch.int32: "i32", torch.float64: "fp64"}
 _AXES = {"b": "B", "h": "H", "q": "Sq", "k": "Sk"}
 _ROLES = {
     "bias": "added to the scores",
@@ -71,6 +71,7 @@ def fill_holes(
     return {
         "spec": str(spec),
         "dtype": str(spec.q.dtype).removeprefix("torch."),
+        "v_dtype": str(spec.v.dtype).removeprefix("torch."),
         "group": spec.group_size,
         "kv_head": f"h // {spec.group_size}" if spec.group_size > 1 else "h",
         "configs": [(arch, str(config)) for arch, config in configs.items()],
@@ -373,7 +374,8 @@ def argument_types(spec: AttentionSpec, layout: Layout = DENSE) -> tuple[dict[st
     """Return triton's type of each run-time argument, and the strides that are 1 in a packed tensor."""
     inputs = name_inputs(spec)
     main = _TYPES[spec.q.dtype]
-    types = {f"{t}_ptr": f"*{main}" for t in ("q", "k", "v", "out")} | {"lse_ptr": "*fp32"}
+    types = {f"{t}_ptr": f"*{main}" for t in ("q", "k", "out")} | {"lse_ptr": "*fp32"}
+    types |= {"v_ptr": f"*{_TYPES[spec.v.dtype]}"}
     types |= {f"{x.name}_ptr": f"*{_TYPES[x.operand.dtype]}" for x in inputs}
     types |= {f"{name}_ptr": "*i32" for name in layout.lists}
     strides = [*layout.strides(), *(x.strides() for x in inputs)]

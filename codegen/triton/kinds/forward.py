@@ -33,5 +33,6 @@ KIND = Kind(
     ),
     norms=(Softmax, SignedSoftmax, RoundedSoftmax, Elementwise, Normalized),
     places="qkhb",
+    mixed=True,
     bench=(TOKENS, TOKENS),
 )

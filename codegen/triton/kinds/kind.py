@@ -43,9 +43,9 @@ class Kind:
     ``template`` lies in ``templates/``; ``choose`` gives the default tiles of a canonical spec and ``fill``
     the value of each hole; ``obstacles`` yields what stands against it beside what no kernel can do, for a
     spec and the node to blame.  ``norms`` are the normalizers whose weights it computes, and ``places`` the
-    positions that its expressions and masks may compute with (``head`` and ``batch`` in its tile).  ``bench``
-    gives the queries and keys with which a file times itself, None where it does not.
-    ``types`` names what its kernels take.
+    positions that its expressions and masks may compute with (``head`` and ``batch`` in its tile).  ``mixed``
+    says that values may be in half precision beside queries and keys in fp32.  ``bench`` gives the queries
+    and keys with which a file times itself, None where it does not.  ``types`` names what its kernels take.
     ``more`` are programs that only some specs have.
     """
 
@@ -57,6 +57,7 @@ class Kind:
     programs: tuple[Program, ...] = (Program(),)
     norms: tuple[type, ...] = (Softmax, SignedSoftmax, Elementwise)
     places: str = "qk"
+    mixed: bool = False
     bench: tuple[int, int] | None = None
     types: Callable[[AttentionSpec], Types] = argument_types
     more: Callable[[AttentionSpec], tuple[Program, ...]] = lambda spec: ()

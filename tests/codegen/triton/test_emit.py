@@ -228,7 +228,7 @@ def test_a_model_without_any_kernel_says_why(corpus) -> None:
         (("32]:", "d]:"), "triton-head-size", "fixed head sizes"),
         (("float32", "float64"), "triton-dtype", "found torch.float64"),
         (
-            ("v=bhke[b,hkv,t,32]:float32", "v=bhke[b,hkv,t,32]:float16"),
+            ("k=bhkd[b,hkv,t,32]:float32", "k=bhkd[b,hkv,t,32]:float16"),
             "triton-dtype",
             "torch.float16, torch.float32",
         ),
