@@ -187,15 +187,15 @@ class _Attend(Node):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         _, ctx.spec, *tensors = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*output, *tensors)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[2:]
         if dout is None and dlse is None:
             return (None, None, *(None for _ in needs))
-        q, k, v, *captured = ctx.saved_tensors
-        found = torch.ops.attnc.attend_backward(dout, dlse, q, k, v, captured, ctx.spec, needs)
+        out, lse, q, k, v, *captured = ctx.saved_tensors
+        found = torch.ops.attnc.attend_backward(dout, dlse, q, k, v, captured, out, lse, ctx.spec, needs)
         return None, None, *_spread(found, needs)
 
 
@@ -223,25 +223,30 @@ class _Backward(Node):
         needs: Sequence[bool],
         dout: Tensor | None,
         dlse: Tensor | None,
+        out: Tensor | None,
+        lse: Tensor | None,
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
-        return tuple(below(dout, dlse, *inputs[:3], list(inputs[3:]), spec, needs))
+        return tuple(below(dout, dlse, *inputs[:3], list(inputs[3:]), out, lse, spec, needs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, ctx.spec, ctx.needs, *tensors = inputs
+        _, ctx.spec, ctx.needs, dout, dlse, _, _, *tensors = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(dout, dlse, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """With L = <grads, J(x)^T dout> = <J(x) grads, dout>: gradients of a tangent along ``grads``."""
+        """With L = <grads, J(x)^T dout> = <J(x) grads, dout>: gradients of a tangent along ``grads``.
+
+        The forward's results are functions of the inputs, which get all of the gradient.
+        """
         dout, dlse, *inputs = ctx.saved_tensors
-        wants_dout, wants_dlse, *wanted = ctx.needs_input_grad[3:]
+        wants_dout, wants_dlse, _, _, *wanted = ctx.needs_input_grad[3:]
         rest = iter(grads)
         tangents = [next(rest) if need else None for need in ctx.needs]
         if all(t is None for t in tangents):
-            return (None,) * (5 + len(inputs))
+            return (None,) * (7 + len(inputs))
         results = _tangent(inputs, tangents, ctx.spec)
         needs = [*wanted, *(False for _ in wanted)]
         found = _tangent_backward((None, None, dout, dlse), inputs, tangents, results, ctx.spec, needs)
@@ -250,6 +255,7 @@ class _Backward(Node):
             *(None, None, None),
             tout if wants_dout else None,
             tlse if wants_dlse else None,
+            *(None, None),
             *found[: len(inputs)],
         )
 
@@ -262,6 +268,8 @@ def attend_backward_autograd(
     k: Tensor,
     v: Tensor,
     captured: Sequence[Tensor],
+    out: Tensor | None,
+    lse: Tensor | None,
     spec: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
@@ -278,8 +286,8 @@ def attend_backward_autograd(
         pairs = zip(found[half:], found[:half], strict=True)
         return [with_tangent(g, t) for g, t in pairs if g is not None and t is not None]
     if is_recorded(dout, dlse, *inputs):
-        return list(record(_Backward, below, spec, needs, dout, dlse, *inputs))
-    plain: list[Tensor] = below(dout, dlse, q, k, v, captured, spec, needs)
+        return list(record(_Backward, below, spec, needs, dout, dlse, out, lse, *inputs))
+    plain: list[Tensor] = below(dout, dlse, q, k, v, captured, out, lse, spec, needs)
     return plain
 
 

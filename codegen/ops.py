@@ -28,8 +28,8 @@ from attnc.printer import parse
 
 _FORWARD = "(Tensor q, Tensor k, Tensor v, Tensor[] captured, str spec) -> (Tensor, Tensor)"
 _BACKWARD = (
-    "(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor[] captured, str spec, bool[] needs)"
-    " -> Tensor[]"
+    "(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor[] captured, Tensor? out, Tensor? lse,"
+    " str spec, bool[] needs) -> Tensor[]"
 )
 
 
@@ -98,16 +98,39 @@ def attend_backward(
     k: Tensor,
     v: Tensor,
     captured: Sequence[Tensor],
+    out: Tensor | None,
+    lse: Tensor | None,
     spec: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Return the gradients of those of (q, k, v, *captured) that ``needs`` marks, in that order.
 
+    ``out`` and ``lse`` are what ``attend`` returned, None if they were not kept; kernels read them, plain
+    torch does not.  A gradient ``dout`` or ``dlse`` of None stands for zeros.
+    """
+    return gradients(parse(spec), q, k, v, captured, dout, dlse, needs)
+
+
+def gradients(
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor],
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Return the gradients of those of (q, k, v, *captured) that ``needs`` marks, in plain torch.
+
     The spec is run again: weights come from the scores and never from the log-sum-exp, so a row of large
     negative fills keeps its 1/n.  A gradient of None stands for zeros.
     Source: FlashAttention (arXiv:2205.14135), appendix B.4, with ``d lse / d s = weights`` added.
+
+    Raises:
+        ValueError: head counts or the number of captured tensors are not the spec's.
     """
-    grads = _gradients(parse(spec), q, k, v, captured, dout, dlse)
+    grads = _gradients(spec, q, k, v, captured, dout, dlse)
     wanted = (
         pair for pair, need in zip(zip((q, k, v, *captured), grads, strict=True), needs, strict=True) if need
     )
@@ -190,6 +213,8 @@ def _backward_fake(
     k: Tensor,
     v: Tensor,
     captured: Sequence[Tensor],
+    out: Tensor | None,
+    lse: Tensor | None,
     spec: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
@@ -245,17 +270,7 @@ def _attend_loop(
     return (torch.stack([o for o, _ in results]), torch.stack([s for _, s in results])), (0, 0)
 
 
-@attend_backward.register_vmap
-def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
-    """Call once per element: batched gradients (``is_grads_batched``) are for Jacobians, not for speed."""
-    dout, dlse, q, k, v, captured, spec, needs = args
-    captured_dims = in_dims[5] if isinstance(in_dims[5], (list, tuple)) else [in_dims[5]] * len(captured)
-    tensors, dims = [dout, dlse, q, k, v, *captured], [*in_dims[:5], *captured_dims]
-    rows = []
-    for i in range(info.batch_size):
-        one = [x if d is None or x is None else x.select(d, i) for x, d in zip(tensors, dims, strict=True)]
-        rows.append(torch.ops.attnc.attend_backward(*one[:5], one[5:], spec, needs))
-    return [torch.stack(column) for column in zip(*rows, strict=True)], [0] * len(rows[0])
+attend_backward.register_vmap_loop()
 
 
 @attend.register_kernel("cuda")
@@ -266,3 +281,22 @@ def _attend_cuda(
     from attnc.codegen.triton.launch import run
 
     return run(parse(spec), q, k, v, captured)
+
+
+@attend_backward.register_kernel("cuda")
+def _backward_cuda(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor],
+    out: Tensor | None,
+    lse: Tensor | None,
+    spec: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Run the emitted Triton kernels, or plain torch where none can serve the spec."""
+    from attnc.codegen.triton.launch import run_backward
+
+    return run_backward(parse(spec), q, k, v, captured, out, lse, dout, dlse, needs)

@@ -16,7 +16,18 @@ from torch import Tensor
 from attnc import pointwise as P
 from attnc.codegen.calls import check, stack, work_dtype
 from attnc.duals import Dual, plus
-from attnc.ir import AttentionSpec, Bias, Elementwise, Gain, Pointwise, Scale, SignedSoftmax, Softcap, Step
+from attnc.ir import (
+    AttentionSpec,
+    Bias,
+    Elementwise,
+    Gain,
+    Normalized,
+    Pointwise,
+    Scale,
+    SignedSoftmax,
+    Softcap,
+    Step,
+)
 from attnc.masks import Full, Grid
 
 
@@ -199,6 +210,10 @@ class _Point:
         if isinstance(norm, Elementwise):
             nothing = Dual(s.value.new_zeros(s.value.shape[:-1]))
             return P.push_forward(P.parse_term(norm.expr), {P.SCORE: s}), nothing
+        if isinstance(norm, Normalized):
+            f, total, fraction, _ = self._shares(s, norm)
+            moved = None if total.tangent is None else total.tangent * fraction.value[..., 0]
+            return f * fraction, Dual(total.value.log(), moved)
         w, lse = norm.apply(s.value, self._values())
         mean = None if s.tangent is None else (w * s.tangent).sum(-1)
         moved = self.named[norm.sink].tangent if isinstance(norm.sink, str) else None
@@ -217,10 +232,26 @@ class _Point:
             found = P.pull_back_duals(P.parse_term(norm.expr), {P.SCORE: s}, dw)
             return self._passed(found.get(P.SCORE, Dual(torch.zeros_like(s.value))))
         row = row - (dw * w).linear(lambda x: x.sum(-1))
+        if isinstance(norm, Normalized):
+            _, _, fraction, held = self._shares(s, norm)
+            row = row.linear(lambda x: x.masked_fill(held, 0.0)[..., None].expand_as(dw.value))
+            df = (dw + row) * fraction
+            return self._passed(P.pull_back_duals(P.parse_term(norm.expr), {P.SCORE: s}, df)[P.SCORE])
         if isinstance(norm.sink, str):
             sums[norm.sink] = (self._sink_share(lse) * row).linear(lambda x: x.sum((0, 2)))
         inner = dw.linear(lambda x: self._signed(s, x))
         return self._passed(w * (inner + row.linear(lambda x: x[..., None].expand_as(dw.value))))
+
+    def _shares(self, s: Dual, norm: Normalized) -> tuple[Dual, Dual, Dual, Tensor]:
+        """Return the function, each row's divisor ``[B, H, Sq]``, one over it, and where a bound holds it."""
+        f = P.push_forward(P.parse_term(norm.expr), {P.SCORE: s})
+        total = f.linear(lambda x: x.sum(-1))
+        held = total.value + norm.added < norm.least
+        moved = None if total.tangent is None else total.tangent.masked_fill(held, 0.0)
+        divisor = Dual((total.value + norm.added).clamp(min=norm.least), moved)
+        one = divisor.value.reciprocal()
+        fraction = Dual(one, None if moved is None else -moved * one * one)
+        return f, divisor, fraction.linear(lambda x: x[..., None].expand_as(s.value)), held
 
     def _signed(self, s: Dual, x: Tensor) -> Tensor:
         return s.value.sign() * x if isinstance(self.spec.norm, SignedSoftmax) else x

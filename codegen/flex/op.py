@@ -49,7 +49,8 @@ class _Flex(Node):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *captured = ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
-        found = iter(torch.ops.attnc.attend_backward(dout, None, q, k, v, captured, ctx.spec, needs))
+        kept = (None, None)  # neither the output nor the log-sum-exp
+        found = iter(torch.ops.attnc.attend_backward(dout, None, q, k, v, captured, *kept, ctx.spec, needs))
         return None, None, *(next(found) if need else None for need in needs)
 
 

@@ -1,4 +1,4 @@
-"""Compute what varies between backward files: the holes of ``templates/bwd.py.j2`` beside those of the frame."""
+"""Compute what varies between backward files: the holes of ``templates/bwd.py.j2``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NEAR = -32.0
 
 
 def extra_kernels(spec: AttentionSpec) -> tuple[str, ...]:
-    """Return the kernels that only some specs have, as they end their names: over rows, and of captured tensors."""
+    """Return the ends of the names of kernels that only some specs have: over rows, of captured tensors."""
     inputs = name_inputs(spec)
     rows = () if isinstance(spec.norm, Elementwise) else ("rows_kernel",)
     return (*rows, *(f"d_{g.x.name}_kernel" for g in captured_grads(spec, inputs) if g.kind == "summed"))
@@ -125,7 +125,9 @@ class _Backward:
         self.low = low(spec, self.inputs)
         self.k_parts, self.v_parts = head_parts(spec)
         self.chain: Chain = chain(spec.scores, self.inputs, base2=self.weighs)
-        self.stats = ["top", *(["share"] if self.low.refine is not None else []), "delta"] if self.weighs else []
+        self.stats = (
+            ["top", *(["share"] if self.low.refine is not None else []), "delta"] if self.weighs else []
+        )
         self.found = captured_grads(spec, self.inputs)
         loads_keys = any(x.per_tile for x in self.pair_inputs)
         self.queries = tiles.QUERIES if loads_keys else replace(tiles.QUERIES, whole=tiles.EVERYTHING)
@@ -158,7 +160,11 @@ class _Backward:
         address = part.base(f"{name}_at", f"{name}_{letter}" if name == "k" else "v_d")
         stride = f"{name}_d"
         where = f"{address} + j[:, None] * {name}_n + {feature}[None, :] * {stride}"
-        return {**holes.tile_of(part, name, letter, "(cols < sk)[:, None]"), "letter": feature, "address": where}
+        return {
+            **holes.tile_of(part, name, letter, "(cols < sk)[:, None]"),
+            "letter": feature,
+            "address": where,
+        }
 
     def captured_terms(self) -> list[str]:
         """Return what a tile is told of captured tensors: addresses, and strides along queries and keys."""
@@ -339,7 +345,7 @@ class _Backward:
         )
 
     def grads(self) -> dict[str, Any]:
-        """Return the gradients of captured tensors: which there are, and how the launcher collects them."""
+        """Return the gradients of captured tensors, and how the launcher collects them."""
         listed = {
             kind: [{"name": g.x.name, "tensor": g.x.tensor, "at": g.at} for g in self.of_kind(kind)]
             for kind in ("rows", "columns", "pairs")
@@ -386,7 +392,7 @@ class _Backward:
         }
 
     def _result(self, operand: str) -> str:
-        """Return the gradient of a captured tensor in the launcher, summed over what kernels leave unsummed."""
+        """Return the gradient of a captured tensor in the launcher, from what kernels leave unsummed."""
         views = {"rows": "[..., None]", "columns": "[:, :, None]"}
         parts = [f"d_{g.x.name}" + views.get(g.kind, "") for g in self.found if g.x.operand.name == operand]
         if self.spec.norm.sink == operand:
@@ -422,7 +428,10 @@ def _pair_strides(x: Input) -> list[str]:
 
 
 def _pair(x: Input) -> dict[str, Any]:
-    """Return the loads of an input for the pairs of a tile, whichever way it lies; masked: keys may be past the end."""
+    """Return the loads of an input for the pairs of a tile, whichever way it lies.
+
+    Masked: keys may lie past the end.
+    """
     terms = [f"{x.name}_at"]
     for axis, start, step in (("q", "first", "i"), ("k", "n", "j")):
         if axis in x.axes:

@@ -1,7 +1,7 @@
 """Run a spec on tensors through its emitted kernels.
 
-``run`` is the CUDA implementation of ``torch.ops.attnc.attend``, ``run_blocks`` computes listed blocks only,
-``run_varlen`` takes packed sequences.
+``run`` and ``run_backward`` are the CUDA implementations of the operators, ``run_blocks`` computes listed
+blocks only, ``run_varlen`` takes packed sequences.
 The first call of a spec at lengths of one size emits the file, with the tiles that tuning picked for them if
 it was asked to, keeps it (``attnc.codegen.triton.store``) and imports it; later calls find the launcher in
 memory.  A spec or a call that no kernel serves runs as plain torch, and the log says why, once.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnc import logs
 from attnc.block_list import BlockList
-from attnc.codegen.ops import execute
+from attnc.codegen.ops import execute, gradients
 from attnc.codegen.triton import picks
 from attnc.codegen.triton.emit import can_run, emit
 from attnc.codegen.triton.packed import execute_packed
@@ -30,6 +30,9 @@ log = logs.get("codegen")
 kernel_log = logs.artifact("kernel")
 
 Launcher = Callable[..., tuple[Tensor, Tensor]]
+Gradients = Callable[..., list[Tensor | None]]
+_ENTRIES = {"forward": "attend", "backward": "backward"}
+"""The kernel's name, and that of the function which launches it, by kind."""
 
 
 def run(
@@ -116,14 +119,57 @@ def launcher(spec: AttentionSpec, place: Place | None = None, kind: str = "forwa
 
     With what tuning picked for this place (``attnc.codegen.triton.tune``), else with the default tiles.
     """
+    return cast(Launcher | None, _load(spec, kind, place))
+
+
+def run_backward(
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor],
+    out: Tensor | None,
+    lse: Tensor | None,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Return gradients as ``attnc::attend_backward`` does, from emitted kernels where they serve this call.
+
+    ``out`` and ``lse`` are what the forward gave, None if nobody kept them: then plain torch runs.
+
+    Raises:
+        ValueError: shapes do not fit the spec.
+        CodegenError: the emitted file does not import.
+    """
+    if not all(isinstance(o.shape[3], int) for o in (spec.q, spec.v)):
+        spec = spec.with_head_sizes(q.shape[3], v.shape[3])
+    kernels = backward_launcher(spec, place_of(q, k))
+    if kernels is None or out is None or lse is None or not _fits(spec, q, k, v):
+        return gradients(spec, q, k, v, captured, dout, dlse, needs)
+    if dout is None:
+        dout = out.new_zeros(()).expand_as(out)
+    found = kernels(q, k, v, *captured, out, lse, dout, dlse, needs)
+    return [g for g in found if g is not None]
+
+
+@cache
+def backward_launcher(spec: AttentionSpec, place: Place | None = None) -> Gradients | None:
+    """Return ``backward`` of the spec's kernels, emitted at the first call, or None if none can serve it."""
+    return cast(Gradients | None, _load(spec, "backward", place))
+
+
+def _load(spec: AttentionSpec, kind: str, place: Place | None) -> Callable[..., object] | None:
+    """Return the entry point of an emitted file of this kind, None if ``can_run`` has a reason against it."""
     miss = can_run(spec, kind)
     if miss is not None:
         _warn(f"{miss.node}: {miss.why}; the site runs as plain torch")
         return None
     pick = picks.find(spec, kind, place) if place else None
-    kernel = emit(spec, name="attend", kind=kind, configs={place.arch: pick} if place and pick else None)
+    name = _ENTRIES.get(kind, "attend")
+    kernel = emit(spec, name=name, kind=kind, configs={place.arch: pick} if place and pick else None)
     kernel_log.debug("%s", kernel.source)
-    return cast(Launcher, load(kernel).attend)
+    return cast(Callable[..., object], getattr(load(kernel), name))
 
 
 def _sized(spec: AttentionSpec, q: Tensor, v: Tensor) -> AttentionSpec:

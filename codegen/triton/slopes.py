@@ -1,8 +1,8 @@
-"""Write derivatives as kernel text: how the gradient of the scores goes back through the steps that made them.
+"""Write derivatives as kernel text: how the gradient of scores goes back through the steps that made them.
 
 A rule takes the gradient of a function's value and returns those of its arguments, as expressions.  It is
-given the gradient, not a slope to multiply with, so that a choice (``where``, ``relu``) chooses gradients: the
-arm that is not chosen gets an exact zero even where its own slope is infinite.
+given the gradient, not a slope to multiply with, so that a choice (``where``, ``relu``) chooses gradients:
+the arm that is not chosen gets an exact zero even where its own slope is infinite.
 Source: reverse accumulation, Griewank and Walther, Evaluating Derivatives (2008), section 3.2.
 """
 
@@ -23,7 +23,7 @@ from attnc.pointwise import POSITIONS, SCORE, Call
 GRAD = "ds"
 """The gradient of the scores: the name that the rules' results are expressions of."""
 PULL = "pull"
-"""Times: the gradient first, then a slope.  Not ``mul``, since an infinite slope is to leave a zero as it is."""
+"""Times: the gradient first, then a slope.  Not ``mul``: an infinite slope has to leave a zero as it is."""
 
 Rule = Callable[..., tuple[Term, ...]]
 
@@ -159,10 +159,8 @@ RULES: Mapping[str, Rule] = {
 }
 """For each function that kernels have: from the gradient of its value and its arguments, their gradients."""
 
-_STEEP = frozenset(
-    ("exp", "exp2", "expm1", "log", "log1p", "sqrt", "rsqrt", "reciprocal", "div", "tan", "sinh", "cosh")
-    + ("gelu_tanh", "pow")
-)
+_STEEP = {"exp", "exp2", "expm1", "log", "log1p", "sqrt", "rsqrt", "reciprocal", "div", "tan", "pow"}
+_STEEP |= {"sinh", "cosh", "gelu_tanh"}
 """Functions whose slopes may be infinite or undefined at finite scores."""
 
 
@@ -241,9 +239,9 @@ def assign(
 class Chain:
     """The steps of a spec, forward and back.
 
-    ``lines`` turn ``s``, the bare contraction, into scores as the forward kernel does, and keep what ``pulls``
-    need; ``pulls`` turn ``ds``, the gradient of the scores, into that of the contraction but for ``factor``,
-    and give each captured tensor ``x`` its ``d_x``, not yet summed over what it broadcasts along.
+    ``lines`` turn ``s``, the bare contraction, into scores as the forward kernel does, and keep what
+    ``pulls`` need; ``pulls`` turn ``ds``, the gradient of the scores, into that of the contraction but for
+    ``factor``, and give each captured tensor ``x`` its ``d_x``, not yet summed over what it broadcasts along.
     ``is_steep`` says that ``pulls`` call ``_times``.
     """
 

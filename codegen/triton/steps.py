@@ -44,8 +44,8 @@ def kernel_steps(
 ) -> list[str]:
     """Return the lines that turn ``s``, the bare contraction, into scores in base 2, or in natural units.
 
-    Given ``kept``, the lines also name what derivatives need: ``t<n>``, the tanh of the soft cap at step n, and
-    ``s<n>``, which times ``kept[n]`` is the score before any other step with a slope of its own.
+    Given ``kept``, the lines also name what derivatives need: ``t<n>``, the tanh of the soft cap at step n,
+    and ``s<n>``, which times ``kept[n]`` is the score before any other step with a slope of its own.
     """
     lines: list[str] = []
     factor, in_base2 = 1.0, not base2

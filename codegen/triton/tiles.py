@@ -77,13 +77,23 @@ class View:
 
 
 KEYS = View(
-    **{"axis": "k", "first": "first", "last": "last", "at": "n", "step": "BLOCK_N", "size": "sk"},
+    axis="k",
+    first="first",
+    last="last",
+    at="n",
+    step="BLOCK_N",
+    size="sk",
     shift="sk - sq",
     title="# Some query of this tile may see the keys {lo} .. {hi}{full}.|; all of them see {lo} .. {hi}",
 )
 """Keys that the queries ``first .. last`` see; a row past the end reads nothing and is never stored."""
 QUERIES = View(
-    **{"axis": "q", "first": "n", "last": "n_last", "at": "first", "step": "BLOCK_M", "size": "sq"},
+    axis="q",
+    first="n",
+    last="n_last",
+    at="first",
+    step="BLOCK_M",
+    size="sq",
     shift="sq - sk",
     title="# The queries {lo} .. {hi} may see some key of this tile{full}.|; {lo} .. {hi} see all of them",
     whole=Interval((), ("tl.where(n + BLOCK_N <= sk, sq, 0)",)),
@@ -312,7 +322,9 @@ def _span_lines(
 ) -> tuple[list[str], list[str]]:
     lo, hi, full_lo, full_hi = (f"{name}{tag}" for name in ("lo", "hi", "full_lo", "full_hi"))
     step, (title, middle) = view.step, view.title.split("|")
-    begin = f"tl.maximum({fold('tl.maximum', span.outer.los)}, 0) // {step} * {step}" if span.outer.los else "0"
+    begin = (
+        f"tl.maximum({fold('tl.maximum', span.outer.los)}, 0) // {step} * {step}" if span.outer.los else "0"
+    )
     if previous:
         begin = f"tl.maximum({begin}, tl.cdiv({previous}, {step}) * {step})"
     ends = [f"{lo} = {begin}", f"{hi} = {fold('tl.minimum', (*span.outer.his, view.size))}"]
