@@ -52,12 +52,19 @@ def fill_holes(spec: AttentionSpec, configs: dict[str, Config]) -> dict[str, Any
         "group": spec.group_size,
         "kv_head": f"h // {spec.group_size}" if spec.group_size > 1 else "h",
         "configs": [(arch, str(config)) for arch, config in configs.items()],
+        **_check_holes(),
         **_head_holes(spec),
         **_input_holes(spec, inputs),
         **_score_holes(spec, inputs),
         **_loop_holes(spec, inputs),
         **_weight_holes(spec, inputs),
     }
+
+
+def _check_holes() -> dict[str, Any]:
+    """Return how the self-test draws its inputs, starts the kernel, and names what it compares with."""
+    sampled = ["inputs = _sample(case, device)", "q, v = inputs[0], inputs[2]"]
+    return {"sampled": sampled, "launched": "launch(*inputs, out, lse)", "oracle": "reference"}
 
 
 def part_names(name: str, found: tuple[Part, ...]) -> str:
@@ -209,9 +216,10 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any
         last = f"MASKED={needs_mask}, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,"
         return [f"{state} = _tile(", *(f"    {line}" for line in [*given, last]), ")"]
 
-    weighs, fill = not isinstance(spec.norm, Elementwise), _visited(spec)
+    weighs, fill = not isinstance(spec.norm, Elementwise), visited(spec)
     floor = tiles.floor(spec.mask, fill) if masked and weighs else None
     return {
+        "branches": True,  # a tile is computed with the mask or without it
         "state": state,
         "tile_params": [
             *given,
@@ -244,7 +252,7 @@ def _tile_order(mask: Mask) -> str:
     return "tiles - 1 - tl.program_id(0) % tiles" if grows else "tl.program_id(0) % tiles"
 
 
-def _visited(spec: AttentionSpec) -> Fill:
+def visited(spec: AttentionSpec) -> Fill:
     """Return the fill by which tiles are skipped: without a sum, what a hidden score weighs alone decides."""
     if not isinstance(spec.norm, Elementwise):
         return spec.fill
