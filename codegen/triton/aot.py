@@ -16,8 +16,8 @@ from types import ModuleType
 from typing import Any
 
 from attnc.codegen.triton.configs import SHARED_LIMIT
-from attnc.codegen.triton.emit import spec_of
-from attnc.codegen.triton.holes import argument_types
+from attnc.codegen.triton.emit import kind_of, spec_of
+from attnc.codegen.triton.kinds import KINDS, Program
 from attnc.codegen.triton.store import load
 from attnc.errors import CodegenError
 from attnc.ir import Kernel
@@ -26,18 +26,19 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def report_rows(kernel: Kernel, targets: tuple[str, ...] = TARGETS) -> list[dict[str, Any]]:
-    """Compile ``kernel`` for each target; return one row each for ``attnc emit --report``.
+    """Compile the programs of ``kernel`` for each target; return one row each for ``attnc emit --report``.
 
-    A row has ``kernel``, ``target``, ``block_m``, ``block_n``, ``warps``, ``stages``, ``registers`` (per
-    thread), ``shared`` and ``shared_limit`` (bytes per block), ``over_limit``, ``stack`` (bytes per
-    thread), ``spills`` (local loads and stores, or AMD's count of spilled vector registers), and ``error``
-    (None, or the compiler's last line).
+    A row has ``kernel``, ``program`` (the one of its kind), ``target``, ``block_m``, ``block_n``, ``warps``,
+    ``stages``, ``registers`` (per thread), ``shared`` and ``shared_limit`` (bytes per block), ``over_limit``,
+    ``stack`` (bytes per thread), ``spills`` (local loads and stores, or AMD's count of spilled vector
+    registers), and ``error`` (None, or the compiler's last line).
 
     Raises:
         CodegenError: triton is not installed, or it was imported in interpreter mode.
     """
     module = _jit_module(kernel)
-    return [_row(kernel, module, target) for target in targets]
+    programs = KINDS[kind_of(kernel.source)].programs
+    return [_row(kernel, module, target, program) for target in targets for program in programs]
 
 
 def _jit_module(kernel: Kernel) -> ModuleType:
@@ -50,17 +51,18 @@ def _jit_module(kernel: Kernel) -> ModuleType:
     return load(kernel)
 
 
-def _row(kernel: Kernel, module: ModuleType, target: str) -> dict[str, Any]:
-    block_m, block_n, warps, stages = module.CONFIGS[target]
+def _row(kernel: Kernel, module: ModuleType, target: str, program: Program) -> dict[str, Any]:
+    block_m, block_n, warps, stages = getattr(module, program.configs)[target]
     tiles = {"block_m": block_m, "block_n": block_n, "warps": warps, "stages": stages}
     row: dict[str, Any] = {
         "kernel": kernel.name,
+        "program": program.kernel,
         "target": target,
         **tiles,
         "shared_limit": SHARED_LIMIT[target],
     }
     try:
-        compiled = compile_for(kernel, module, target)
+        compiled = compile_for(kernel, module, target, program)
     except _compiler_errors() as error:
         nothing = {"registers": None, "shared": None, "over_limit": None, "stack": None, "spills": None}
         return {**row, **nothing, "error": _reason(error)}
@@ -77,16 +79,22 @@ def _reason(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def compile_for(kernel: Kernel, module: ModuleType, target: str) -> Any:
-    """Return triton's compiled kernel for ``target`` (``sm_90``, ``gfx942``), with the module's config."""
+def compile_for(kernel: Kernel, module: ModuleType, target: str, program: Program | None = None) -> Any:
+    """Return triton's compiled program for ``target`` (``sm_90``, ``gfx942``), with the module's config.
+
+    ``program`` is one of the kernel's kind, by default its first.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    block_m, block_n, warps, stages = module.CONFIGS[target]
-    fn = getattr(module, f"{kernel.name}_kernel")
-    types, ones = argument_types(spec_of(kernel.source))
-    constants: dict[str, Any] = {**ones, "UPCAST": False, "BLOCK_M": block_m, "BLOCK_N": block_n}
+    kind = KINDS[kind_of(kernel.source)]
+    program = program or kind.programs[0]
+    block_m, block_n, warps, stages = getattr(module, program.configs)[target]
+    fn = getattr(module, f"{kernel.name}_{program.kernel}")
+    types, ones = kind.types(spec_of(kernel.source))
+    known: dict[str, Any] = {**ones, **program.constants, "BLOCK_M": block_m, "BLOCK_N": block_n}
+    constants = {name: known[name] for name in fn.arg_names if name in known}
     signature = {
         name: types.get(name, "constexpr") if name not in ones else "constexpr" for name in fn.arg_names
     }

@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from attnc.codegen.triton.configs import Config
+from attnc.codegen.triton.holes import argument_types
 from attnc.ir import AttentionSpec, Miss
 
 Configs = dict[str, Config]
 """Tiles by architecture: ``sm_80``, ``sm_86``, ``sm_90``, ``sm_100``, ``gfx942``, ``interpreter``."""
+Types = tuple[dict[str, str], dict[str, int]]
+"""Triton's type of each run-time argument, and the strides that are 1 in a packed tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class Kind:
 
     ``template`` lies in ``templates/``; ``choose`` gives the default tiles of a canonical spec and ``fill``
     the value of each hole; ``obstacles`` yields what stands against it beside what no kernel can do, for a
-    spec and the node to blame.
+    spec and the node to blame.  ``programs`` are its kernels and ``types`` names what they take.
     """
 
     name: str
@@ -41,3 +44,4 @@ class Kind:
     fill: Callable[[AttentionSpec, Configs], dict[str, Any]]
     obstacles: Callable[[AttentionSpec, str], Iterator[Miss]] = lambda spec, node: iter(())
     programs: tuple[Program, ...] = (Program(),)
+    types: Callable[[AttentionSpec], Types] = argument_types
