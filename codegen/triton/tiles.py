@@ -233,13 +233,8 @@ def loop(begin: str, end: str, body: list[str], steps: str = "range({}, {}, BLOC
 
 def _span_lines(span: Span, call: Call, *, tag: str, previous: str | None) -> list[str]:
     lo, hi, full_lo, full_hi = (f"{name}{tag}" for name in ("lo", "hi", "full_lo", "full_hi"))
-    begin = (
-        f"tl.maximum({fold('tl.maximum', span.outer.los)}, 0) // BLOCK_N * BLOCK_N" if span.outer.los else "0"
-    )
-    if previous:
-        begin = f"tl.maximum({begin}, tl.cdiv({previous}, BLOCK_N) * BLOCK_N)"
     title = f"# Some query of this tile may see the keys {lo} .. {hi}"
-    lines = [f"{title}.", f"{lo} = {begin}", f"{hi} = {fold('tl.minimum', (*span.outer.his, 'sk'))}"]
+    lines = [f"{title}.", *_ends(span, tag=tag, previous=previous)]
     if span.inner is None:
         return [*lines, *loop(lo, hi, call(True))]
     if span.inner.los:
@@ -253,6 +248,27 @@ def _span_lines(span: Span, call: Call, *, tag: str, previous: str | None) -> li
     if span.inner.los:
         lines += loop(lo, full_lo, call(True))
     return [*lines, *loop(full_lo, full_hi, call(False)), *loop(full_hi, hi, call(True))]
+
+
+def _ends(span: Span, *, tag: str, previous: str | None) -> list[str]:
+    """Return the lines that set the first key of a run, where a tile begins, and its end."""
+    begin = (
+        f"tl.maximum({fold('tl.maximum', span.outer.los)}, 0) // BLOCK_N * BLOCK_N" if span.outer.los else "0"
+    )
+    if previous:
+        begin = f"tl.maximum({begin}, tl.cdiv({previous}, BLOCK_N) * BLOCK_N)"
+    return [f"lo{tag} = {begin}", f"hi{tag} = {fold('tl.minimum', (*span.outer.his, 'sk'))}"]
+
+
+def bounds(mask: Mask, fill: Fill) -> tuple[list[str], list[str]]:
+    """Return the lines that set the ends of each run over keys, and the number of tiles in each as text."""
+    lines: list[str] = []
+    counts: list[str] = []
+    for at, span in enumerate(spans(mask, fill)):
+        tag = f"_{at}" if at else ""
+        lines += _ends(span, tag=tag, previous="hi" if at else None)
+        counts.append(f"tl.cdiv(tl.maximum(hi{tag} - lo{tag}, 0), BLOCK_N)")
+    return lines, counts
 
 
 def keep(mask: Mask, inputs: tuple[Input, ...]) -> str:

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -60,14 +61,20 @@ def draw(spec: AttentionSpec, b: int, hkv: int, sq: int, sk: int) -> list[torch.
     return out
 
 
-def compare(spec: AttentionSpec, sq: int, sk: int) -> dict[str, object]:
-    """Return the error against the fp64 oracle, as a share of its limit.
+def compare(
+    spec: AttentionSpec,
+    sq: int,
+    sk: int,
+    call: Callable[..., tuple[torch.Tensor, torch.Tensor]] = run,
+    batch: int = 1,
+) -> dict[str, object]:
+    """Return the error of ``call`` against the fp64 oracle, as a share of its limit.
 
     The limit is twice what the spec in working precision is off, plus two rounding units of the largest
     value: one for the weights, which the kernel rounds to the dtype, one for the output.
     """
-    q, k, v, *captured = draw(spec, 1, 1 if sq > 64 else 2, sq, sk)
-    out, lse = run(spec, q, k, v, captured)
+    q, k, v, *captured = draw(spec, batch, 1 if sq > 64 else 2, sq, sk)
+    out, lse = call(spec, q, k, v, captured)
     wide = [x.double() if x.is_floating_point() else x for x in captured]
     want, want_lse = spec(q.double(), k.double(), v.double(), tuple(wide))
     own, own_lse = spec(q, k, v, tuple(captured))
@@ -100,16 +107,24 @@ def self_test(kernel: Kernel) -> dict[str, object]:
     return {"code": code, "text": text.getvalue()}
 
 
+def read_corpus(file: str = "corpus.txt") -> dict[str, AttentionSpec]:
+    lines = Path(__file__).with_name(file).read_text(encoding="utf-8").splitlines()
+    return {n: parse(s) for n, _, s in (line.partition(" ") for line in lines if not line.startswith("#"))}
+
+
+def of_dtype(spec: AttentionSpec, dtype: torch.dtype) -> AttentionSpec:
+    q, k, v = (dataclasses.replace(o, dtype=dtype) for o in (spec.q, spec.k, spec.v))
+    return dataclasses.replace(spec, q=q, k=k, v=v)
+
+
 def main() -> None:
     numpy.seterr(all="ignore")
     torch.set_num_threads(1)
-    lines = Path(__file__).with_name("corpus.txt").read_text(encoding="utf-8").splitlines()
-    corpus = {n: parse(s) for n, _, s in (line.partition(" ") for line in lines if not line.startswith("#"))}
+    corpus = read_corpus()
     for name, spec in corpus.items():
         print(json.dumps({"run": f"self-test {name}", **self_test(emit(spec, name=name))}), flush=True)
         for dtype, lengths in LENGTHS.items():
-            cast = [dataclasses.replace(o, dtype=dtype) for o in (spec.q, spec.k, spec.v)]
-            typed = dataclasses.replace(spec, q=cast[0], k=cast[1], v=cast[2])
+            typed = of_dtype(spec, dtype)
             for sq, sk in lengths:
                 if name == "packed" and sq != sk:
                     continue
