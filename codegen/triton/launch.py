@@ -24,6 +24,9 @@ kernel_log = logs.artifact("kernel")
 
 Launcher = Callable[..., tuple[Tensor, Tensor]]
 
+FEW, LONG = 16, 512
+"""Queries at most, and keys at least, for which the keys are cut into shares."""
+
 
 def run(
     spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor] = ()
@@ -34,20 +37,29 @@ def run(
         ValueError: shapes do not fit the spec.
         CodegenError: the emitted file does not import.
     """
-    kernel = launcher(spec)
+    kernel = launcher(spec, kind_for(q, k))
     if kernel is None or not _fits(spec, q, k, v):
         return execute(spec, q, k, v, captured)
     return kernel(q, k, v, *captured)
 
 
+def kind_for(q: Tensor, k: Tensor) -> str:
+    """Return the kind of kernel for q ``[B, H, Sq, D]`` and k ``[B, Hkv, Sk, D]``, from their sizes alone.
+
+    A forward program takes one head and all keys that its queries see.  With few queries that leaves most of
+    a GPU idle or most of a tile empty, and reads the keys once for each head of a group.
+    """
+    return "decode" if q.shape[2] <= FEW and k.shape[2] >= LONG else "forward"
+
+
 @cache
-def launcher(spec: AttentionSpec) -> Launcher | None:
+def launcher(spec: AttentionSpec, kind: str) -> Launcher | None:
     """Return ``attend`` of the spec's kernel, emitted at the first call, or None if none can serve it."""
-    miss = can_run(spec)
+    miss = can_run(spec, kind)
     if miss is not None:
         log.warning("%s: %s; the site runs as plain torch", miss.node, miss.why)
         return None
-    kernel = emit(spec, name="attend")
+    kernel = emit(spec, name="attend", kind=kind)
     kernel_log.debug("%s", kernel.source)
     return cast(Launcher, load(kernel).attend)
 
