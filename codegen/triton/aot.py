@@ -105,10 +105,12 @@ def compile_for(kernel: Kernel, module: ModuleType, target: str, program: Progra
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    kind = KINDS[kind_of(kernel.source)]
     block_m, block_n, warps, stages = getattr(module, program.configs)[target]
     fn = getattr(module, f"{kernel.name}_{program.kernel}")
-    types, ones = KINDS[kind_of(kernel.source)].types(spec_of(kernel.source))
-    constants: dict[str, Any] = {**ones, **program.constants, "BLOCK_M": block_m, "BLOCK_N": block_n}
+    types, ones = kind.types(spec_of(kernel.source))
+    known: dict[str, Any] = {**ones, **program.constants, "BLOCK_M": block_m, "BLOCK_N": block_n}
+    constants = {name: known[name] for name in fn.arg_names if name in known}
     signature = {
         name: types.get(name, "constexpr") if name not in ones else "constexpr" for name in fn.arg_names
     }

@@ -79,12 +79,19 @@ def fill_holes(
         "lists": False,  # whether only listed pairs count
         "given": "",  # what a call gives beside the spec's tensors
         "height": "sk",  # how many rows of keys and values a descriptor reads
+        **_check_holes(),
         **_head_holes(spec),
         **_input_holes(spec, inputs, layout),
         **_score_holes(spec, inputs),
         **_loop_holes(spec, inputs, descriptors),
         **_weight_holes(spec, inputs),
     }
+
+
+def _check_holes() -> dict[str, Any]:
+    """Return how the self-test draws its inputs, starts the kernel, and names what it compares with."""
+    sampled = ["inputs = _sample(case, device)", "q, v = inputs[0], inputs[2]"]
+    return {"sampled": sampled, "launched": "launch(*inputs, out, lse)", "oracle": "reference"}
 
 
 def part_names(name: str, found: tuple[Part, ...]) -> str:
@@ -259,6 +266,7 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: boo
     exponential, fill = not isinstance(spec.norm, WEIGHED), visited(spec)
     floor = tiles.floor(spec.mask, fill) if masked and exponential else None
     return {
+        "branches": True,  # a tile is computed with the mask or without it
         "descriptors": descriptors,
         "state": state,
         "tile_params": [

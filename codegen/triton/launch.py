@@ -34,6 +34,9 @@ Gradients = Callable[..., list[Tensor | None]]
 _ENTRIES = {"forward": "attend", "backward": "backward"}
 """The kernel's name, and that of the function which launches it, by kind."""
 
+FEW, LONG = 16, 512
+"""Queries at most, and keys at least, for which the keys are cut into shares."""
+
 
 def run(
     spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor] = ()
@@ -45,7 +48,7 @@ def run(
         CodegenError: the emitted file does not import.
     """
     spec = _sized(spec, q, v)
-    kernel = launcher(spec, place_of(q, k))
+    kernel = launcher(spec, place_of(q, k), _kind(spec, kind_for(q, k)))
     if kernel is None or not _fits(spec, q, k, v) or k.shape[2] == 0:
         return execute(spec, q, k, v, captured)
     return kernel(q, k, v, *captured)
@@ -111,6 +114,21 @@ def run_varlen(
     if kernel is None or not _fits(spec, q, k, v):
         return execute_packed(spec, q, k, v, cu_q, cu_k, captured)
     return kernel(q, k, v, *captured, cu_q, cu_k, max_q, _padded_keys(spec, captured) or k.shape[0])
+
+
+def kind_for(q: Tensor, k: Tensor) -> str:
+    """Return the kind of kernel for q ``[B, H, Sq, D]`` and k ``[B, Hkv, Sk, D]``, from their sizes alone.
+
+    A forward program takes one head and all keys that its queries see.  With few queries that leaves most of
+    a GPU idle or most of a tile empty, and reads the keys once for each head of a group.
+    """
+    return "decode" if q.shape[2] <= FEW and k.shape[2] >= LONG else "forward"
+
+
+@cache
+def _kind(spec: AttentionSpec, wanted: str) -> str:
+    """Return the wanted kind where it serves the spec, else that which serves most."""
+    return wanted if can_run(spec, wanted) is None else "forward"
 
 
 @cache

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -44,8 +45,8 @@ Result = tuple[torch.Tensor, torch.Tensor]
 """An output and its log-sum-exp."""
 
 
-def corpus() -> dict[str, AttentionSpec]:
-    lines = Path(__file__).with_name("corpus.txt").read_text(encoding="utf-8").splitlines()
+def corpus(file: str = "corpus.txt") -> dict[str, AttentionSpec]:
+    lines = Path(__file__).with_name(file).read_text(encoding="utf-8").splitlines()
     return {n: parse(s) for n, _, s in (line.partition(" ") for line in lines if not line.startswith("#"))}
 
 
@@ -74,10 +75,12 @@ def draw(spec: AttentionSpec, b: int, hkv: int, sq: int, sk: int) -> list[torch.
     return out
 
 
-def compare(spec: AttentionSpec, sq: int, sk: int) -> dict[str, object]:
-    """Return the error against the executed spec in fp64, as a share of its limit."""
-    q, k, v, *captured = draw(spec, 1, 1 if sq > 64 else 2, sq, sk)
-    found = run(spec, q, k, v, captured)
+def compare(
+    spec: AttentionSpec, sq: int, sk: int, call: Callable[..., Result] = run, batch: int = 1
+) -> dict[str, object]:
+    """Return the error of ``call`` against the executed spec in fp64, as a share of its limit."""
+    q, k, v, *captured = draw(spec, batch, 1 if sq > 64 else 2, sq, sk)
+    found = call(spec, q, k, v, captured)
     wide = [x.double() if x.is_floating_point() else x for x in captured]
     want = spec(q.double(), k.double(), v.double(), tuple(wide))
     return errors(spec, v, found, want, spec(q, k, v, tuple(captured)))
