@@ -15,7 +15,7 @@ import torch
 
 from attnc.codegen.triton.inputs import Input, find
 from attnc.codegen.triton.pointwise import OWN, called_functions, kernel_lines, least_constant, torch_lines
-from attnc.ir import AttentionSpec, Elementwise, Fill, Gain, Normalized, Pointwise, Scale, Softcap, Step
+from attnc.ir import AttentionSpec, Bias, Elementwise, Fill, Gain, Normalized, Pointwise, Scale, Softcap, Step
 
 LOG2E = math.log2(math.e)
 FP32_MIN = torch.finfo(torch.float32).min
@@ -28,17 +28,21 @@ UNDERFLOW = 151.0
 
 
 def kernel_steps(steps: Sequence[Step], inputs: tuple[Input, ...], *, base2: bool = True) -> list[str]:
-    """Return the lines that turn ``s``, the bare contraction, into scores in base 2, or in natural units."""
+    """Return the lines that turn ``s``, the bare contraction, into scores in base 2, or in natural units.
+
+    A score may be as low as fp32 goes where a bias stands for a mask; what multiplies such a score comes
+    before base 2 then, in which it could not be told from one that stands for itself.
+    """
     lines: list[str] = []
     factor, in_base2 = 1.0, not base2
-    last_cap = max((i for i, s in enumerate(steps) if isinstance(s, Softcap | Pointwise)), default=-1)
+    last_cap = max((i for i in range(len(steps)) if _is_natural(steps, i)), default=-1)
     huge = False
     for at, step in enumerate(steps):
         if isinstance(step, Scale):
             factor *= step.factor
         elif isinstance(step, Softcap):
             lines.append(f"s = _tanh({times('s', factor / step.cap)})  # {step}")
-            factor = step.cap
+            factor, huge = step.cap, False
         elif isinstance(step, Gain):
             lines.append(f"s = s * {find(inputs, step.operand, 'bhqk').name}")
         elif isinstance(step, Pointwise):
@@ -48,18 +52,26 @@ def kernel_steps(steps: Sequence[Step], inputs: tuple[Input, ...], *, base2: boo
             lines += kernel_lines(step, named)
             factor, huge = 1.0, huge or least_constant(step.term) < LEAST
         else:
+            bias = find(inputs, step.operand, "bhqk")
             unit = LOG2E if at > last_cap and base2 else 1.0
             scaled = times("s", factor if in_base2 else factor * unit)
             if huge and not in_base2 and unit != 1.0:
                 scaled = f"_base2({times('s', factor)})"
-            lines.append(f"s = {scaled} + {_addend(find(inputs, step.operand, 'bhqk'), step.sign, unit)}")
+            lines.append(f"s = {scaled} + {_addend(bias, step.sign, unit)}")
             factor, in_base2 = 1.0, at > last_cap or not base2
+            huge = huge or bias.operand.dtype != torch.float16
     rest = factor if in_base2 else factor * LOG2E
     if huge and not in_base2:
         lines.append(f"s = _base2({times('s', factor)})")
     elif rest != 1.0:
         lines.append(f"s = {times('s', rest)}{_why(steps, factor, in_base2)}")
     return lines
+
+
+def _is_natural(steps: Sequence[Step], at: int) -> bool:
+    """Say whether a step needs scores in natural units."""
+    biased = any(isinstance(s, Bias) for s in steps[:at])
+    return isinstance(steps[at], Softcap | Pointwise) or (biased and isinstance(steps[at], Scale | Gain))
 
 
 def _why(steps: Sequence[Step], factor: float, in_base2: bool) -> str:
