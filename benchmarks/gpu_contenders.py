@@ -177,7 +177,20 @@ def _attnc(t: Tensors) -> Call:
         raise UnfitError("not measured: on the CPU attend runs the spec, and no kernel")
     if kind == "backward":
         return _passes(t, lambda q, k, v: torch.ops.attnc.attend(q, k, v, t.captured, str(spec))[0])
+    if kind == "blocks":
+        return _listed(t, spec)
     if kind == "decode":
         attend = load(emit(spec, name="decode", kind=kind)).attend
         return _passes(t, lambda q, k, v: attend(q, k, v, *t.captured)[0])
-    raise UnfitError(f"not measured: kernels of kind {kind} have no call here yet")
+    raise UnfitError(f"not measured: kernels of kind {kind} have no call here")
+
+
+def _listed(t: Tensors, spec: Any) -> Call:
+    """Return the call over listed blocks, all of them full; the list is made once, as FlexAttention's is."""
+    from attnc.block_list import BlockList
+    from attnc.codegen.triton import run_blocks
+
+    blocks, case = t.extra["blocks"], t.case
+    listed = BlockList.from_dense(blocks, blocks, block=(case.block, case.block))
+    order = listed.order(case.batch, case.heads)
+    return _passes(t, lambda q, k, v: run_blocks(spec, q, k, v, t.captured, listed, order)[0])

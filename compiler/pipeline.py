@@ -20,6 +20,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from attnc import logs
+from attnc.capture.program import ATTEND_FORM
 from attnc.capture.types import Captured
 from attnc.codegen import ops as _ops  # noqa: F401  (registers attnc::attend)
 from attnc.codegen.lower import lower
@@ -207,6 +208,7 @@ def _attempt(
         if outcome.runtime is not None:
             fix_outputs(outcome.runtime)
             outcome.make_attend = partial(_attend_program, captured, live)
+            outcome.runtime.graph_module.meta[ATTEND_FORM] = lambda: outcome.attend
         note.update(counts)
     outcome.graph = graph
     for j in live:

@@ -19,6 +19,7 @@ from typing import Any
 from attnc.codegen.triton.configs import SHARED_LIMIT
 from attnc.codegen.triton.emit import kind_of, spec_of
 from attnc.codegen.triton.kinds import KINDS, TARGETS, Program
+from attnc.codegen.triton.loops import inner_loops
 from attnc.codegen.triton.store import load
 from attnc.errors import CodegenError
 from attnc.ir import Kernel
@@ -46,14 +47,16 @@ def report_rows(kernel: Kernel, targets: tuple[str, ...] = TARGETS) -> list[dict
     A row has ``kernel``, ``program`` (the entry point, and how it was compiled), ``target``, ``block_m``,
     ``block_n``, ``warps``, ``stages``, ``registers`` (per thread), ``shared`` and ``shared_limit`` (bytes
     per block), ``over_limit``, ``stack`` (bytes per thread), a count for each of ``INSTRUCTIONS``
-    (``spills``: local loads and stores, or AMD's count of spilled vector registers), and ``error`` (None, or
-    the compiler's last line).
+    (``spills``: local loads and stores, or AMD's count of spilled vector registers), ``loop_instructions``
+    and ``loop_spills`` (in one turn of the shortest loop over keys, and of all; None for AMD), and ``error``
+    (None, or the compiler's last line).
 
     Raises:
         CodegenError: triton is not installed, or it was imported in interpreter mode.
     """
     module = _jit_module(kernel)
-    programs = KINDS[kind_of(kernel.source)].programs
+    kind = KINDS[kind_of(kernel.source)]
+    programs = (*kind.programs, *kind.more(spec_of(kernel.source)))
     return [_row(kernel, module, t, p) for t in targets for p in programs if t in p.targets]
 
 
@@ -80,7 +83,8 @@ def _row(kernel: Kernel, module: ModuleType, target: str, program: Program) -> d
     try:
         compiled = compile_for(kernel, module, target, program)
     except _compiler_errors() as error:
-        unknown = ("registers", "stack", *INSTRUCTIONS, "shared", "over_limit")
+        loops = ("loop_instructions", "loop_spills")
+        unknown = ("registers", "stack", *INSTRUCTIONS, *loops, "shared", "over_limit")
         return {**row, **dict.fromkeys(unknown), "error": _reason(error)}
     used = _nvidia(compiled.asm["cubin"]) if target.startswith("sm_") else _amd(compiled.asm["amdgcn"])
     shared = int(compiled.metadata.shared)
@@ -159,14 +163,21 @@ def usage(sass: str) -> dict[str, int]:
     return _numbers({"registers": "REG", "stack": "STACK"}, r"\b{}:(\d+)", sass)
 
 
-def _nvidia(cubin: bytes) -> dict[str, int]:
+def _nvidia(cubin: bytes) -> dict[str, int | None]:
     sass = disassemble(cubin)
-    return {**usage(sass), **count_instructions(sass)}
+    turns = [count_instructions("\n".join(x.text for x in loop)) for loop in inner_loops(sass)]
+    return {
+        **usage(sass),
+        **count_instructions(sass),
+        "loop_instructions": min((t["instructions"] for t in turns), default=None),
+        "loop_spills": sum(t["spills"] for t in turns),
+    }
 
 
-def _amd(assembly: str) -> dict[str, int]:
+def _amd(assembly: str) -> dict[str, int | None]:
     names = {"registers": "vgpr_count", "stack": "private_segment_fixed_size", "spills": "vgpr_spill_count"}
-    return {**count_instructions(assembly), **_numbers(names, r"\.{}:\s+(\d+)", assembly)}
+    found = {**count_instructions(assembly), **_numbers(names, r"\.{}:\s+(\d+)", assembly)}
+    return {**found, "loop_instructions": None, "loop_spills": None}
 
 
 def _numbers(names: dict[str, str], pattern: str, text: str) -> dict[str, int]:

@@ -179,3 +179,13 @@ def shared_bytes(spec: AttentionSpec, arch: str, config: Config) -> int:
     if arch.startswith("gfx"):
         return max(config.stages - 1, 1) * flight + item * tile
     return config.stages * flight + item * config.block_m * d
+
+
+def choose_backward(spec: AttentionSpec) -> dict[str, Config]:
+    """Return one config per architecture for the backward programs that hold queries."""
+    return choose(spec, descriptors=False)
+
+
+def choose_keys(spec: AttentionSpec) -> dict[str, Config]:
+    """Return one config per architecture for the backward programs that hold keys."""
+    return choose(spec, descriptors=False)

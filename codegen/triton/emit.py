@@ -131,30 +131,40 @@ def _arches() -> str:
     return f'{{{rows}}}.get((major, minor), "{UNKNOWN}")'
 
 
-def emit_all(specs: Sequence[AttentionSpec | str], missed: Sequence[str] = ()) -> list[Kernel]:
-    """Return one kernel per different computation among ``specs`` or their texts: site_0, site_1, ..
+def emit_all(
+    specs: Sequence[AttentionSpec | str], missed: Sequence[str] = (), kinds: Sequence[str] = ("forward",)
+) -> list[Kernel]:
+    """Return one kernel of each kind per different computation among ``specs`` or their texts.
 
+    The forward kernels are called site_0, site_1, .., those of other kinds site_0_backward and so on.
     ``missed`` are reasons why other sites have no spec, for the message where there is no kernel.
 
     Raises:
         UnsupportedError: there are no specs, or none that a kernel can serve; each reason is given once.
+        CodegenError: there is no such kind.
     """
-    kernels: dict[str, Kernel] = {}
+    kernels: list[Kernel] = []
+    numbers: dict[str, int] = {}
     reasons = dict.fromkeys(missed)
     for given in specs:
         spec = parse(given) if isinstance(given, str) else given
-        miss = can_run(spec)
-        if miss is None:
-            kernel = emit(spec, name=f"site_{len(kernels)}")
-            kernels.setdefault(kernel.key, kernel)
-        else:
+        found = {kind: can_run(spec, kind) for kind in kinds}
+        for miss in filter(None, found.values()):
             log.warning("no kernel for %s: %s", spec, miss.why)
             reasons[miss.why] = None
+        served = [kind for kind, miss in found.items() if miss is None]
+        text = str(canonical(spec)) if served else ""
+        if not served or text in numbers:
+            continue
+        numbers[text] = len(numbers)
+        for kind in served:
+            name = f"site_{numbers[text]}" + (f"_{kind}" if kind != "forward" else "")
+            kernels.append(emit(spec, name=name, kind=kind))
     if not kernels:
         raise UnsupportedError(
             f"emit: expected a site that a kernel can serve, found none: {'; '.join(reasons) or 'no sites'}"
         )
-    return list(kernels.values())
+    return kernels
 
 
 def spec_of(source: str) -> AttentionSpec:

@@ -78,6 +78,7 @@ def fill_holes(
         "layout": layout,
         "lists": False,  # whether only listed pairs count
         "given": "",  # what a call gives beside the spec's tensors
+        "height": "sk",  # how many rows of keys and values a descriptor reads
         **_head_holes(spec),
         **_input_holes(spec, inputs, layout),
         **_score_holes(spec, inputs),
@@ -99,19 +100,19 @@ def _head_holes(spec: AttentionSpec) -> dict[str, Any]:
         "dv": spec.v.shape[3],
         "k_parts": k_parts,
         "v_parts": v_parts,
-        "q_parts": [_tile_of(x, "q", "d", "(rows < sq)[:, None]") for x in k_parts],
+        "q_parts": [tile_of(x, "q", "d", "(rows < sq)[:, None]") for x in k_parts],
         "kv_parts": [
-            *(_tile_of(x, "k", "d", "inside[:, None]") for x in k_parts),
-            *(_tile_of(x, "v", "e", "inside[:, None]") for x in v_parts),
+            *(tile_of(x, "k", "d", "inside[:, None]") for x in k_parts),
+            *(tile_of(x, "v", "e", "inside[:, None]") for x in v_parts),
         ],
-        "out_parts": [_tile_of(x, "out", "e", "(rows < sq)[:, None]") for x in v_parts],
+        "out_parts": [tile_of(x, "out", "e", "(rows < sq)[:, None]") for x in v_parts],
         "accs": part_names("acc", v_parts),
         # the default would be tf32, off by 3e-4
         "precision": ', input_precision="ieee"' if spec.q.dtype == torch.float32 else "",
     }
 
 
-def _tile_of(part: Part, name: str, letter: str, rows: str) -> dict[str, Any]:
+def tile_of(part: Part, name: str, letter: str, rows: str) -> dict[str, Any]:
     """Return the name of a part's tile, and the masks of a load or store: with its rows, and without."""
     bound = part.bound(letter)
     return {
@@ -221,11 +222,11 @@ def _score_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, An
         "early_loads": [_input(x) for x in inputs if not x.per_tile and x.role != "sink"],
         "reference_steps": reference_steps(spec.scores, inputs),
         "positions": any(isinstance(s, Pointwise) and reads_positions(s) for s in spec.scores),
-        "places": _places(spec),
+        "places": places(spec),
     }
 
 
-def _places(spec: AttentionSpec) -> dict[str, str]:
+def places(spec: AttentionSpec) -> dict[str, str]:
     """Return which of batch entry and head scores or mask read: the name in a tile, and in a program."""
     read = {n for s in spec.scores if isinstance(s, Pointwise) for n in names(s.term)}
     for atom in atoms(spec.mask):
@@ -245,7 +246,7 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: boo
     )
     given = [f"{state}, {queries}, first, n,", f"{keys}, k_n, k_d, {values}, v_n, v_d,"]
     extra = [t for x in inputs if x.role != "sink" for t in _tile_terms(x)]
-    extra += _places(spec)
+    extra += places(spec)
     given += [_row(extra)] if extra else []
     given.append("sq, sk,")
 
@@ -255,7 +256,7 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: boo
         last = f"MASKED={needs_mask}, {loads}UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,"
         return [f"{state} = _tile(", *(f"    {line}" for line in [*given, last]), ")"]
 
-    exponential, fill = not isinstance(spec.norm, WEIGHED), _visited(spec)
+    exponential, fill = not isinstance(spec.norm, WEIGHED), visited(spec)
     floor = tiles.floor(spec.mask, fill) if masked and exponential else None
     return {
         "descriptors": descriptors,
@@ -272,7 +273,7 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: boo
         "masked_tile": call(True),
         "loops": tiles.loops(spec.mask, fill, call),
         "floor": "" if floor is None else repr(floor),
-        "restart": tiles.loop("0", "sk", call(True), "tl.range({}, {}, BLOCK_N, num_stages=1)"),
+        "restart": tiles.loop("0", "sk", call(True), "tl.range({}, {}, {}, num_stages=1)"),
         "grows": tiles.grows(spec.mask),
         "turns": TURNS,
         "reference_keep": tiles.reference_keep(spec.mask, inputs) if masked else "",
@@ -287,7 +288,7 @@ def _tile_terms(x: Input) -> list[str]:
     return [f"{x.name}_at", *(f"{x.name}_{a}" for a in x.axes if a in "qk")]
 
 
-def _visited(spec: AttentionSpec) -> Fill:
+def visited(spec: AttentionSpec) -> Fill:
     """Return the fill by which tiles are skipped: without exponentials, what a hidden score weighs decides.
 
     To a signed softmax a low fill is a large magnitude.

@@ -89,10 +89,13 @@ class Input:
             self.per_tile and masked
         )
         bounds = f", mask={' & '.join(inside)}, other=0" if inside else ""
-        text = f"tl.load({f'{self.name}_tile' if self.per_tile else self.where()}{bounds})"
+        return self.value(f"tl.load({f'{self.name}_tile' if self.per_tile else self.where()}{bounds})")
+
+    def value(self, load: str) -> str:
+        """Return what is loaded as the kernel computes with it: a bool, an integer or fp32."""
         if self.is_integer:
-            return text
-        return f"{text} != 0" if self.is_bool else f"{text}.to(tl.float32)"
+            return load
+        return f"{load} != 0" if self.is_bool else f"{load}.to(tl.float32)"
 
 
 def name_inputs(spec: AttentionSpec) -> tuple[Input, ...]:

@@ -1,6 +1,7 @@
 """Run a spec on tensors through its emitted kernels.
 
-``run`` is the CUDA implementation of ``torch.ops.attnc.attend``, ``run_blocks`` computes listed blocks only.
+``run`` and ``run_backward`` are the CUDA implementations of the operators, ``run_blocks`` computes listed
+blocks only, ``run_varlen`` takes packed sequences.
 The first call of a spec at lengths of one size emits the file, with the tiles that tuning picked for them if
 it was asked to, keeps it (``attnc.codegen.triton.store``) and imports it; later calls find the launcher in
 memory.  A spec or a call that no kernel serves runs as plain torch, and the log says why, once.
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from attnc import logs
 from attnc.block_list import BlockList
-from attnc.codegen.ops import execute
+from attnc.codegen.ops import execute, gradients
 from attnc.codegen.triton import picks
 from attnc.codegen.triton.emit import can_run, emit
+from attnc.codegen.triton.packed import execute_packed
 from attnc.codegen.triton.picks import Place, place_of
 from attnc.codegen.triton.store import load
 from attnc.ir import AttentionSpec
@@ -28,6 +30,9 @@ log = logs.get("codegen")
 kernel_log = logs.artifact("kernel")
 
 Launcher = Callable[..., tuple[Tensor, Tensor]]
+Gradients = Callable[..., list[Tensor | None]]
+_ENTRIES = {"forward": "attend", "backward": "backward"}
+"""The kernel's name, and that of the function which launches it, by kind."""
 
 
 def run(
@@ -41,7 +46,7 @@ def run(
     """
     spec = _sized(spec, q, v)
     kernel = launcher(spec, place_of(q, k))
-    if kernel is None or not _fits(spec, q, k, v):
+    if kernel is None or not _fits(spec, q, k, v) or k.shape[2] == 0:
         return execute(spec, q, k, v, captured)
     return kernel(q, k, v, *captured)
 
@@ -71,9 +76,41 @@ def run_blocks(
     blocks.expect(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     spec = _sized(spec, q, v)
     kernel = launcher(spec, kind="blocks") if _runs_kernels(q) else None
-    if kernel is None or not _fits(spec, q, k, v):
+    if kernel is None or not _fits(spec, q, k, v) or k.shape[2] == 0:
         return execute(spec, q, k, v, captured, blocks.to_pairs(q.shape[2], k.shape[2]))
     return kernel(q, k, v, *captured, blocks.ranges, blocks.columns, blocks.block, order)
+
+
+def run_varlen(
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    captured: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) of a spec over B packed sequences, each as if it were alone in a batch of one.
+
+    q is ``[Tq, H, Dqk]``, k ``[Tk, Hkv, Dqk]``, v ``[Tk, Hkv, Dv]``; ``cu_q`` and ``cu_k``, int32 ``[B + 1]``
+    on their device, begin with 0 and end with Tq and Tk: sequence b has the tokens ``cu[b] .. cu[b + 1]``,
+    perhaps none.  ``max_q`` is the length in queries of the longest, which is not looked up since that would
+    wait for a GPU.  Positions and lengths in masks and steps are those of the sequence.  ``captured`` are the
+    spec's tensors ``[B, ...]``, padded along tokens to the longest sequence; the padding counts for nothing.
+
+    Returns out ``[Tq, H, Dv]`` in q's dtype and the log-sum-exp ``[H, Tq]``; a sequence without keys gives
+    zeros and -inf.  On the CPU, Triton's interpreter apart, this is plain torch, sequence by sequence.
+
+    Raises:
+        ValueError: shapes do not fit the spec.
+        CodegenError: the emitted file does not import.
+    """
+    spec = _sized(spec, q, v)
+    kernel = launcher(spec, kind="varlen") if _runs_kernels(q) else None
+    if kernel is None or not _fits(spec, q, k, v):
+        return execute_packed(spec, q, k, v, cu_q, cu_k, captured)
+    return kernel(q, k, v, *captured, cu_q, cu_k, max_q, _padded_keys(spec, captured) or k.shape[0])
 
 
 @cache
@@ -82,20 +119,70 @@ def launcher(spec: AttentionSpec, place: Place | None = None, kind: str = "forwa
 
     With what tuning picked for this place (``attnc.codegen.triton.tune``), else with the default tiles.
     """
+    return cast(Launcher | None, _load(spec, kind, place))
+
+
+def run_backward(
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor],
+    out: Tensor | None,
+    lse: Tensor | None,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Return gradients as ``attnc::attend_backward`` does, from emitted kernels where they serve this call.
+
+    ``out`` and ``lse`` are what the forward gave, None if nobody kept them: then plain torch runs.
+
+    Raises:
+        ValueError: shapes do not fit the spec.
+        CodegenError: the emitted file does not import.
+    """
+    if not all(isinstance(o.shape[3], int) for o in (spec.q, spec.v)):
+        spec = spec.with_head_sizes(q.shape[3], v.shape[3])
+    kernels = backward_launcher(spec, place_of(q, k))
+    if kernels is None or out is None or lse is None or not _fits(spec, q, k, v):
+        return gradients(spec, q, k, v, captured, dout, dlse, needs)
+    if dout is None:
+        dout = out.new_zeros(()).expand_as(out)
+    found = kernels(q, k, v, *captured, out, lse, dout, dlse, needs)
+    return [g for g in found if g is not None]
+
+
+@cache
+def backward_launcher(spec: AttentionSpec, place: Place | None = None) -> Gradients | None:
+    """Return ``backward`` of the spec's kernels, emitted at the first call, or None if none can serve it."""
+    return cast(Gradients | None, _load(spec, "backward", place))
+
+
+def _load(spec: AttentionSpec, kind: str, place: Place | None) -> Callable[..., object] | None:
+    """Return the entry point of an emitted file of this kind, None if ``can_run`` has a reason against it."""
     miss = can_run(spec, kind)
     if miss is not None:
         _warn(f"{miss.node}: {miss.why}; the site runs as plain torch")
         return None
     pick = picks.find(spec, kind, place) if place else None
-    kernel = emit(spec, name="attend", kind=kind, configs={place.arch: pick} if place and pick else None)
+    name = _ENTRIES.get(kind, "attend")
+    kernel = emit(spec, name=name, kind=kind, configs={place.arch: pick} if place and pick else None)
     kernel_log.debug("%s", kernel.source)
-    return cast(Launcher, load(kernel).attend)
+    return cast(Callable[..., object], getattr(load(kernel), name))
 
 
 def _sized(spec: AttentionSpec, q: Tensor, v: Tensor) -> AttentionSpec:
     """Return the spec with the head sizes of its tensors, where it leaves them free."""
     free = not all(isinstance(o.shape[3], int) for o in (spec.q, spec.v))
-    return spec.with_head_sizes(q.shape[3], v.shape[3]) if free else spec
+    return spec.with_head_sizes(q.shape[-1], v.shape[-1]) if free else spec
+
+
+def _padded_keys(spec: AttentionSpec, captured: Sequence[Tensor]) -> int | None:
+    """Return the number of keys to which captured tensors are padded, None if they broadcast along them."""
+    pairs = zip(captured, spec.captured, strict=True)
+    sizes = (x.shape[o.axes.index("k") - len(o.axes)] for x, o in pairs if "k" in o.axes)
+    return max((n for n in sizes if n > 1), default=None)
 
 
 def _runs_kernels(x: Tensor) -> bool:
@@ -109,12 +196,11 @@ def _warn(text: str) -> None:
 
 
 def _fits(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Say whether tensors have the dtypes and head sizes of the kernel, and any keys at all."""
-    found = [(x.dtype, x.shape[3]) for x in (q, k, v)]
+    """Say whether tensors have the dtypes and head sizes of the kernel."""
+    found = [(x.dtype, x.shape[-1]) for x in (q, k, v)]
     wanted = [(o.dtype, o.shape[3]) for o in (spec.q, spec.k, spec.v)]
     if found != wanted:
         _warn(
             f"attend: expected dtypes and head sizes {wanted}, found {found}; this call runs as plain torch"
         )
-        return False
-    return k.shape[2] > 0
+    return found == wanted

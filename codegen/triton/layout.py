@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 class Layout:
     """The arguments of a kernel beside captured tensors.
 
-    ``axes`` names, for each of q, k and v, the axes that have strides: b, h, m (queries), n (keys), d.
+    ``axes`` names, for each of q, k and v, the axes that have strides, in order: b, h, m (queries), n (keys),
+    d.  Without b, the sequences of a batch follow each other along the tokens.
     ``lists`` are further tensors, int32, by name, with their first axes, as far as strides are passed.
     ``sizes`` are integers.
     """
@@ -34,8 +35,20 @@ class Layout:
 
     def base(self, name: str, head: str) -> str:
         """Return the address where one head of q, k or v begins, as kernel text."""
-        return f"{name}_ptr + b * {name}_b + {head} * {name}_h"
+        if "b" in self.axes[name]:
+            return f"{name}_ptr + b * {name}_b + {head} * {name}_h"
+        tokens, start = ("m", "q_start") if name == "q" else ("n", "k_start")
+        return f"{name}_ptr + {start} * {name}_{tokens} + {head} * {name}_h"
 
 
 DENSE = Layout({"q": "bhmd", "k": "bhnd", "v": "bhnd"})
 """q ``[B, H, Sq, Dqk]``, k ``[B, Hkv, Sk, Dqk]``, v ``[B, Hkv, Sk, Dv]``, any strides."""
+
+PACKED = Layout(
+    {"q": "mhd", "k": "nhd", "v": "nhd"}, lists={"cu_q": "", "cu_k": ""}, sizes=("heads", "tokens", "longest")
+)
+"""q ``[Tq, H, Dqk]``, k ``[Tk, Hkv, Dqk]``, v ``[Tk, Hkv, Dv]``, any strides.
+
+``cu_q`` and ``cu_k``, int32 ``[B + 1]``, say where sequences begin; ``sequence.py.j2`` looks one up there.
+``tokens`` is Tq, ``longest`` the most queries of a sequence.
+"""

@@ -149,16 +149,16 @@ def _fake_of(spec: AttentionSpec) -> Operator:
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*output, *inputs)
 
 
 def _gradient(text: str) -> Callable[..., tuple[Tensor | None, ...]]:
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, *captured = ctx.saved_tensors
+        out, lse, q, k, v, *captured = ctx.saved_tensors
         needs = list(ctx.needs_input_grad)
         if dout is None and dlse is None:
             return (None,) * len(needs)
-        found = iter(torch.ops.attnc.attend_backward(dout, dlse, q, k, v, captured, text, needs))
+        found = iter(torch.ops.attnc.attend_backward(dout, dlse, q, k, v, captured, out, lse, text, needs))
         return tuple(next(found) if need else None for need in needs)
 
     return backward

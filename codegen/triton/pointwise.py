@@ -69,11 +69,20 @@ _TORCH: Mapping[str, str] = {
     "neg": "(-{0})",
 }
 """What is not ``torch.<name>``."""
+_PLACES = {"h": "head.to(tl.float32)", "b": "batch.to(tl.float32)"}
+TILE: Mapping[str, str] = {
+    "q": "rows[:, None].to(tl.float32)",
+    "k": "cols[None, :].to(tl.float32)",
+    **_PLACES,
+}
+"""Positions in a tile of scores, queries down and keys across."""
+PAIRS: Mapping[str, str] = {"q": "qi.to(tl.float32)", "k": "ki.to(tl.float32)", **_PLACES}
+"""Positions in a tile that lies either way: ``qi`` and ``ki`` broadcast against each other."""
 
 
 def problem(step: Pointwise, places: str = "qkhb") -> str | None:
     """Return what of an expression kernels do not have, or None; ``places`` are the positions they know."""
-    absent = sorted({c.op for c in _calls(step.term) if c.op not in _INFIX and not _form(c)})
+    absent = sorted({c.op for c in _calls(step.term) if not kernel_form(c)})
     if absent:
         return f"kernels have no {', '.join(absent)}"
     placed = [n for n in names(step.term) if n in POSITIONS and n not in places]
@@ -90,7 +99,7 @@ def _calls(term: Term) -> Iterator[Call]:
 
 def called_functions(step: Pointwise) -> set[str]:
     """Return which functions of ``OWN`` the expression calls."""
-    forms = [_form(c) for c in _calls(step.term) if c.op not in _INFIX]
+    forms = [kernel_form(c) for c in _calls(step.term)]
     return {name for name in OWN if any(f"_{name}(" in form for form in forms)}
 
 
@@ -101,7 +110,7 @@ def least_constant(term: Term) -> float:
     return term if isinstance(term, float) else math.inf
 
 
-def kernel_lines(step: Pointwise, named: Mapping[str, str]) -> list[str]:
+def kernel_lines(step: Pointwise, named: Mapping[str, str], places: Mapping[str, str] = TILE) -> list[str]:
     """Return the lines that put the expression's value in place of ``s``; ``named`` are the captured tensors.
 
     What a function reads more than once gets a name of its own, and so does what makes a line too long.
@@ -109,19 +118,19 @@ def kernel_lines(step: Pointwise, named: Mapping[str, str]) -> list[str]:
     lines: list[str] = []
 
     def called(term: Call, args: list[str]) -> str:
-        form = _form(term)
+        form = kernel_form(term)
         if form.count("{0}") > 1 and isinstance(term.args[0], Call):
             args[0] = _name(lines, args[0])
         return form.format(*args)
 
-    positions = {"q": "rows[:, None].to(tl.float32)", "k": "cols[None, :].to(tl.float32)"}
-    positions |= {"h": "head.to(tl.float32)", "b": "batch.to(tl.float32)"}
-    value = _bare(_written(step.term, {**positions, **named}, called, lines))
+    value = bare(_written(step.term, {**places, **named}, called, lines))
     return [f"# {step}", *lines, f"s = {value}"]
 
 
-def _form(term: Call) -> str:
-    """Return the kernel text of a function with places for its arguments, '' if kernels have none."""
+def kernel_form(term: Call) -> str:
+    """Return the kernel text of a call with places for its arguments, '' if kernels have none."""
+    if term.op in _INFIX:
+        return f"({{0}} {_INFIX[term.op]} {{1}})"
     return _power(*term.args) if term.op == "pow" else _KERNEL.get(term.op, "")
 
 
@@ -162,7 +171,7 @@ def torch_lines(step: Pointwise, named: Mapping[str, str]) -> list[str]:
         return _TORCH.get(term.op, f"torch.{term.op}({', '.join(args)})").format(*args)
 
     positions = {n: f"{x}.to(work)" for n, x in zip("qkhb", ("qi", "ki", "head", "batch"), strict=True)}
-    value = _bare(_written(step.term, {**positions, **named}, called, lines))
+    value = bare(_written(step.term, {**positions, **named}, called, lines))
     return [*lines, f"s = {value}"]
 
 
@@ -176,7 +185,7 @@ def _written(
     if isinstance(term, str):
         return term if term == SCORE else named[term]
     if not isinstance(term, Call):
-        return _number(term)
+        return number(term)
     args = [_written(a, named, called, lines) for a in term.args]
     while sum(map(len, args)) > WIDE:
         longest = max(range(len(args)), key=lambda i: len(args[i]))
@@ -187,7 +196,7 @@ def _written(
 def _name(lines: list[str], text: str) -> str:
     """Add a line that gives ``text`` a name; return the name."""
     name = f"x{len(lines)}"
-    lines.append(f"{name} = {_bare(text)}")
+    lines.append(f"{name} = {bare(text)}")
     return name
 
 
@@ -196,11 +205,12 @@ def reads_positions(step: Pointwise) -> bool:
     return any(n in POSITIONS for n in names(step.term))
 
 
-def _number(x: float) -> str:
+def number(x: float) -> str:
+    """Return a number as kernel text, and as torch."""
     return repr(x) if math.isfinite(x) else f'float("{x}")'
 
 
-def _bare(text: str) -> str:
+def bare(text: str) -> str:
     """Return the text without brackets around all of it."""
     if not text.startswith("(") or not text.endswith(")"):
         return text

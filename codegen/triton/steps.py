@@ -9,12 +9,19 @@ Source: FlashAttention-2 (arXiv:2307.08691), section 3.1.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from attnc.codegen.triton.inputs import Input, find
-from attnc.codegen.triton.pointwise import OWN, called_functions, kernel_lines, least_constant, torch_lines
+from attnc.codegen.triton.pointwise import (
+    OWN,
+    TILE,
+    called_functions,
+    kernel_lines,
+    least_constant,
+    torch_lines,
+)
 from attnc.ir import AttentionSpec, Bias, Elementwise, Fill, Gain, Normalized, Pointwise, Scale, Softcap, Step
 
 LOG2E = math.log2(math.e)
@@ -27,8 +34,18 @@ UNDERFLOW = 151.0
 """Base-2 distance below the maximum at which a weight is 0 in fp32: the least subnormal is 2**-149."""
 
 
-def kernel_steps(steps: Sequence[Step], inputs: tuple[Input, ...], *, base2: bool = True) -> list[str]:
+def kernel_steps(
+    steps: Sequence[Step],
+    inputs: tuple[Input, ...],
+    *,
+    base2: bool = True,
+    kept: dict[int, float] | None = None,
+    places: Mapping[str, str] = TILE,
+) -> list[str]:
     """Return the lines that turn ``s``, the bare contraction, into scores in base 2, or in natural units.
+
+    Given ``kept``, the lines also name what derivatives need: ``t<n>``, the tanh of the soft cap at step n,
+    and ``s<n>``, which times ``kept[n]`` is the score before any other step with a slope of its own.
 
     A score may be as low as fp32 goes where a bias stands for a mask; what multiplies such a score comes
     before base 2 then, in which it could not be told from one that stands for itself.
@@ -37,20 +54,30 @@ def kernel_steps(steps: Sequence[Step], inputs: tuple[Input, ...], *, base2: boo
     factor, in_base2 = 1.0, not base2
     last_cap = max((i for i in range(len(steps)) if _is_natural(steps, i)), default=-1)
     huge = False
+
+    def keep(at: int, name: str) -> None:
+        if kept is not None:
+            lines.append(f"{name}{at} = s")
+            kept[at] = factor / LOG2E if in_base2 and base2 else factor
+
     for at, step in enumerate(steps):
         if isinstance(step, Scale):
             factor *= step.factor
         elif isinstance(step, Softcap):
             lines.append(f"s = _tanh({times('s', factor / step.cap)})  # {step}")
             factor, huge = step.cap, False
+            keep(at, "t")
         elif isinstance(step, Gain):
+            keep(at, "s")
             lines.append(f"s = s * {find(inputs, step.operand, 'bhqk').name}")
         elif isinstance(step, Pointwise):
             if factor != 1.0:
                 lines.append(f"s = {times('s', factor)}")
+            factor = 1.0
+            keep(at, "s")
             named = {n: find(inputs, n, "bhqk").name for n in step.operands}
-            lines += kernel_lines(step, named)
-            factor, huge = 1.0, huge or least_constant(step.term) < LEAST
+            lines += kernel_lines(step, named, places)
+            huge = huge or least_constant(step.term) < LEAST
         else:
             bias = find(inputs, step.operand, "bhqk")
             unit = LOG2E if at > last_cap and base2 else 1.0

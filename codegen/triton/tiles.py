@@ -4,13 +4,17 @@ For the queries ``first .. last`` of a tile, ``outer`` gives key intervals beyon
 everything, and ``inner`` intervals within which it hides nothing (``Mask.classify`` for all tiles at once).
 Between them lie the tiles that need the predicate.  A span is one loop over keys, cut into masked, full and
 masked parts.
+
+The backward pass also asks the other way about: which queries see a tile of keys.  A ``View`` says which is
+asked; in the comments below, tiles are of queries and loops run over keys.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from attnc import formula
 from attnc.codegen.triton.formulas import Kernel
@@ -52,6 +56,51 @@ class Span:
 EVERYTHING = Interval()
 
 
+@dataclass(frozen=True, slots=True)
+class View:
+    """Which axis is looked along, and the kernel's names.
+
+    ``first`` and ``last`` are the ends of the given tile; ``axis`` is that of the loop, ``at`` the loop's
+    variable, ``step`` its tile, ``size`` its length, and ``shift`` what the alignment at the end adds.
+    ``whole`` holds where tiles can do without a mask, as far as the given tile is concerned.
+    """
+
+    axis: Literal["q", "k"]
+    first: str
+    last: str
+    at: str
+    step: str
+    size: str
+    shift: str
+    title: str
+    whole: Interval = EVERYTHING
+
+
+KEYS = View(
+    axis="k",
+    first="first",
+    last="last",
+    at="n",
+    step="BLOCK_N",
+    size="sk",
+    shift="sk - sq",
+    title="# Some query of this tile may see the keys {lo} .. {hi}{full}.|; all of them see {lo} .. {hi}",
+)
+"""Keys that the queries ``first .. last`` see; a row past the end reads nothing and is never stored."""
+QUERIES = View(
+    axis="q",
+    first="n",
+    last="n_last",
+    at="first",
+    step="BLOCK_M",
+    size="sq",
+    shift="sq - sk",
+    title="# The queries {lo} .. {hi} may see some key of this tile{full}.|; {lo} .. {hi} see all of them",
+    whole=Interval((), ("tl.where(n + BLOCK_N <= sk, sq, 0)",)),
+)
+"""Queries that see some key of ``n .. n_last``."""
+
+
 def _merge(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(a + b))
 
@@ -62,73 +111,81 @@ def _plus(name: str, *terms: int | str) -> str:
     return text if not number else f"{text} {'+' if number > 0 else '-'} {abs(number)}"
 
 
-def _band(band: Band, high: str, low: str) -> Interval:
+def _band(band: Band, high: str, low: str, view: View) -> Interval:
     """Return the keys between ``low``'s left edge and ``high``'s right edge."""
-    shift: tuple[str, ...] = ("sk - sq",) if band.align == "end" else ()
-    los = () if band.left is None else (_plus(low, *shift, -band.left),)
-    his = () if band.right is None else (_plus(high, *shift, band.right + 1),)
+    left, right = (band.left, band.right) if view.axis == "k" else (band.right, band.left)
+    shift: tuple[str, ...] = (view.shift,) if band.align == "end" else ()
+    los = () if left is None else (_plus(low, *shift, -left),)
+    his = () if right is None else (_plus(high, *shift, right + 1),)
     return Interval(los, his)
 
 
-def outer(mask: Mask) -> tuple[Interval, ...]:
+def outer(mask: Mask, view: View = KEYS) -> tuple[Interval, ...]:
     """Return intervals that hold every key some query of ``first .. last`` sees."""
+    first, last = view.first, view.last
     match mask:
         case Band():
-            return (_band(mask, "last", "first"),)
-        case Range(axis="k"):
+            return (_band(mask, last, first, view),)
+        case Range(axis) if axis == view.axis:
             return (_range(mask),)
         case Formula():
-            return (_coarse(mask, "first", "last"),)
-        case Range():
-            return (Interval((), (f"tl.where((first < {mask.hi}) & (last >= {mask.lo}), sk, 0)",)),)
+            return (_coarse(mask, first, last, view),)
+        case Range(_, lo, hi):
+            return (Interval((), (f"tl.where(({first} < {hi}) & ({last} >= {lo}), {view.size}, 0)",)),)
         case And(parts):
-            return _all_meets(map(outer, parts))
+            return _all_meets(outer(p, view) for p in parts)
         case Or(parts):
-            return tuple(dict.fromkeys(x for p in parts for x in outer(p)))
+            return tuple(dict.fromkeys(x for p in parts for x in outer(p, view)))
         case Not(part):
-            return _complement(inner(part))
+            return _complement(inner(part, view))
         case _:
             return (EVERYTHING,)
 
 
-def inner(mask: Mask) -> tuple[Interval, ...]:
+def inner(mask: Mask, view: View = KEYS) -> tuple[Interval, ...]:
     """Return intervals whose keys every query of ``first .. last`` sees; other such keys may exist."""
+    first, last = view.first, view.last
     match mask:
         case Full():
             return (EVERYTHING,)
         case Band():
-            return (_band(mask, "first", "last"),)
-        case Range(axis="k"):
+            return (_band(mask, first, last, view),)
+        case Range(axis) if axis == view.axis:
             return (_range(mask),)
         case Formula():
-            found = _coarse(mask, "last", "first")
+            found = _coarse(mask, last, first, view)
             return () if found == EVERYTHING else (found,)
-        case Range():
-            return (Interval((), (f"tl.where((first >= {mask.lo}) & (last < {mask.hi}), sk, 0)",)),)
+        case Range(_, lo, hi):
+            return (Interval((), (f"tl.where(({first} >= {lo}) & ({last} < {hi}), {view.size}, 0)",)),)
         case And(parts):
-            return _all_meets(map(inner, parts))
+            return _all_meets(inner(p, view) for p in parts)
         case Or(parts):
-            return tuple(dict.fromkeys(x for p in parts for x in inner(p)))
+            return tuple(dict.fromkeys(x for p in parts for x in inner(p, view)))
         case Not(part):
-            return _complement(outer(part))
+            return _complement(outer(part, view))
         case _:
             return ()
 
 
-def grows(mask: Mask) -> bool:
+def grows(mask: Mask, view: View = KEYS) -> bool:
     """Say whether later queries see more keys."""
-    found = outer(mask)
+    found = outer(mask, view)
     return any(x.his for x in found) and not any(x.los for x in found)
 
 
-def _coarse(mask: Formula, early: str, late: str) -> Interval:
-    """Return the keys from the start of ``early``'s chunk to the end of ``late``'s, else all."""
+def _coarse(mask: Formula, early: str, late: str, view: View) -> Interval:
+    """Return the keys from the start of ``early``'s chunk to the end of ``late``'s, else all.
+
+    A block looks back at all blocks before it, so that queries which see a key begin with its block.
+    """
     found = short(mask.value)
     if found is None or found[0] not in ("chunk", "blocks"):
         return EVERYTHING
     n = found[1][0]
-    los = (f"{early} // {n} * {n}",) if found[0] == "chunk" else ()
-    return Interval(los, (f"{late} // {n} * {n} + {n}",))
+    start, end = f"{early} // {n} * {n}", f"{late} // {n} * {n} + {n}"
+    if found[0] == "chunk":
+        return Interval((start,), (end,))
+    return Interval((), (end,)) if view.axis == "k" else Interval((start,), ())
 
 
 def _range(mask: Range) -> Interval:
@@ -153,13 +210,13 @@ def _complement(intervals: tuple[Interval, ...]) -> tuple[Interval, ...]:
     return _all_meets(sides)
 
 
-def spans(mask: Mask, fill: Fill) -> tuple[Span, ...]:
+def spans(mask: Mask, fill: Fill, view: View = KEYS) -> tuple[Span, ...]:
     """Return at most two runs over keys, the second to start after the first; none if nothing is seen.
 
     Everything is visited where a hidden key may weigh something next to a visible one.
     """
-    found = outer(mask) if may_skip(fill) else (EVERYTHING,)
-    full = inner(mask)
+    found = outer(mask, view) if may_skip(fill) else (EVERYTHING,)
+    full = tuple(x & view.whole for x in inner(mask, view))
     early = tuple(x for x in found if not x.los)
     late = tuple(x for x in found if x.los)
     if not found:
@@ -224,41 +281,66 @@ Call = Callable[[bool], list[str]]
 """Given whether the tile needs the mask, the lines that add it to the running softmax."""
 
 
-def loops(mask: Mask, fill: Fill, call: Call) -> list[str]:
+def loops(mask: Mask, fill: Fill, call: Call, view: View = KEYS) -> list[str]:
     """Return the lines that visit the keys of a tile: bounds, then one loop for each part of each span."""
-    lines: list[str] = []
-    for at, span in enumerate(spans(mask, fill)):
-        lines += _span_lines(span, call, tag=f"_{at}" if at else "", previous="hi" if at else None)
-    return lines
+    return [line for part in _parts(mask, fill, call, view) for lines in part for line in lines]
 
 
-def loop(begin: str, end: str, body: list[str], steps: str = "range({}, {}, BLOCK_N)") -> list[str]:
+def bounds(mask: Mask, fill: Fill, view: View = KEYS) -> list[str]:
+    """Return the lines of ``loops`` that name the bounds, without the loops."""
+    return [line for found, _ in _parts(mask, fill, lambda _: [], view) for line in found]
+
+
+def runs(mask: Mask, fill: Fill, call: Call, view: View = KEYS) -> list[str]:
+    """Return the lines of ``loops`` that come after the bounds."""
+    return [line for _, found in _parts(mask, fill, call, view) for line in found]
+
+
+def missed(mask: Mask, fill: Fill, view: View = KEYS) -> str:
+    """Return the condition on the loop's variable under which ``loops`` does not visit its tile."""
+    count = len(spans(mask, fill, view))
+    ends = ((f"lo{tag}", f"hi{tag}") for tag in ("", "_1")[:count])
+    return " & ".join(f"(({view.at} < {lo}) | ({view.at} >= {hi}))" for lo, hi in ends)
+
+
+def _parts(mask: Mask, fill: Fill, call: Call, view: View) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield the bounds of each span, and its loops."""
+    for at, span in enumerate(spans(mask, fill, view)):
+        yield _span_lines(span, call, view, tag=f"_{at}" if at else "", previous="hi" if at else None)
+
+
+def loop(
+    begin: str, end: str, body: list[str], steps: str = "range({}, {}, {})", view: View = KEYS
+) -> list[str]:
     """Return a loop over tiles of keys."""
-    return [f"for n in {steps.format(begin, end)}:", *(f"    {line}" for line in body)]
+    over = steps.format(begin, end, view.step)
+    return [f"for {view.at} in {over}:", *(f"    {line}" for line in body)]
 
 
-def _span_lines(span: Span, call: Call, *, tag: str, previous: str | None) -> list[str]:
+def _span_lines(
+    span: Span, call: Call, view: View, *, tag: str, previous: str | None
+) -> tuple[list[str], list[str]]:
     lo, hi, full_lo, full_hi = (f"{name}{tag}" for name in ("lo", "hi", "full_lo", "full_hi"))
+    step, (title, middle) = view.step, view.title.split("|")
     begin = (
-        f"tl.maximum({fold('tl.maximum', span.outer.los)}, 0) // BLOCK_N * BLOCK_N" if span.outer.los else "0"
+        f"tl.maximum({fold('tl.maximum', span.outer.los)}, 0) // {step} * {step}" if span.outer.los else "0"
     )
     if previous:
-        begin = f"tl.maximum({begin}, tl.cdiv({previous}, BLOCK_N) * BLOCK_N)"
-    title = f"# Some query of this tile may see the keys {lo} .. {hi}"
-    lines = [f"{title}.", f"{lo} = {begin}", f"{hi} = {fold('tl.minimum', (*span.outer.his, 'sk'))}"]
+        begin = f"tl.maximum({begin}, tl.cdiv({previous}, {step}) * {step})"
+    ends = [f"{lo} = {begin}", f"{hi} = {fold('tl.minimum', (*span.outer.his, view.size))}"]
     if span.inner is None:
-        return [*lines, *loop(lo, hi, call(True))]
+        return [title.format(lo=lo, hi=hi, full=""), *ends], loop(lo, hi, call(True), view=view)
     if span.inner.los:
-        lines.append(f"{full_lo} = tl.cdiv({fold('tl.maximum', span.inner.los)}, BLOCK_N) * BLOCK_N")
-        lines.append(f"{full_lo} = tl.maximum(tl.minimum({full_lo}, tl.cdiv({hi}, BLOCK_N) * BLOCK_N), {lo})")
+        ends.append(f"{full_lo} = tl.cdiv({fold('tl.maximum', span.inner.los)}, {step}) * {step}")
+        ends.append(f"{full_lo} = tl.maximum(tl.minimum({full_lo}, tl.cdiv({hi}, {step}) * {step}), {lo})")
     else:
         full_lo = lo
     end = fold("tl.minimum", (*span.inner.his, hi))
-    lines[0] = f"{title}; all of them see {full_lo} .. {full_hi}."
-    lines.append(f"{full_hi} = tl.maximum({end} // BLOCK_N * BLOCK_N, {full_lo})")
-    if span.inner.los:
-        lines += loop(lo, full_lo, call(True))
-    return [*lines, *loop(full_lo, full_hi, call(False)), *loop(full_hi, hi, call(True))]
+    ends.append(f"{full_hi} = tl.maximum({end} // {step} * {step}, {full_lo})")
+    found = loop(lo, full_lo, call(True), view=view) if span.inner.los else []
+    found += loop(full_lo, full_hi, call(False), view=view) + loop(full_hi, hi, call(True), view=view)
+    full = middle.format(lo=full_lo, hi=full_hi)
+    return [title.format(lo=lo, hi=hi, full=full), *ends], found
 
 
 def keep(mask: Mask, inputs: tuple[Input, ...]) -> str:

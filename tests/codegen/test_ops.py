@@ -202,8 +202,9 @@ def test_opcheck_of_the_backward() -> None:
     q, k, v, captured = draw(spec)
     out, lse = op(spec, q, k, v, captured)
     for dout, dlse in ((out, lse), (out, None), (None, lse)):
-        args = (dout, dlse, q, k, v, captured, str(spec), [True, False, True, True])
-        torch.library.opcheck(torch.ops.attnc.attend_backward.default, args)
+        for kept in ((out, lse), (None, None)):
+            args = (dout, dlse, q, k, v, captured, *kept, str(spec), [True, False, True, True])
+            torch.library.opcheck(torch.ops.attnc.attend_backward.default, args)
 
 
 def test_lse_is_fp32_for_half_inputs_and_out_keeps_the_dtype() -> None:

@@ -46,6 +46,7 @@ class Kind:
     positions that its expressions and masks may compute with (``head`` and ``batch`` in its tile).  ``mixed``
     says that values may be in half precision beside queries and keys in fp32.  ``bench`` gives the queries
     and keys with which a file times itself, None where it does not.  ``types`` names what its kernels take.
+    ``more`` are programs that only some specs have.
     """
 
     name: str
@@ -59,3 +60,4 @@ class Kind:
     mixed: bool = False
     bench: tuple[int, int] | None = None
     types: Callable[[AttentionSpec], Types] = argument_types
+    more: Callable[[AttentionSpec], tuple[Program, ...]] = lambda spec: ()

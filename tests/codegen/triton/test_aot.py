@@ -103,6 +103,12 @@ def test_rows_count_the_instructions_of_the_gpu(corpus) -> None:
         assert row["hmma" if row["target"] == "sm_80" else "mfma"] > 0, row
         assert row["async_copies"] > 0 or row["target"] == "gfx942", row
         assert row["instructions"] > 500, row
+        loops = (row["loop_instructions"], row["loop_spills"])
+        if row["target"] == "sm_80":
+            assert 100 < loops[0] < row["instructions"], row
+            assert loops[1] == 0, row
+        else:
+            assert loops == (None, None), row
 
 
 def test_a_config_over_the_shared_memory_limit_is_reported() -> None:

@@ -14,7 +14,7 @@ from attnc.codegen.triton import can_run, emit, emit_all
 from attnc.codegen.triton.bench import sdpa_options
 from attnc.codegen.triton.canonical import canonical
 from attnc.codegen.triton.configs import SHARED_LIMIT, Config, choose, shared_bytes
-from attnc.codegen.triton.emit import spec_of
+from attnc.codegen.triton.emit import kind_of, spec_of
 from attnc.codegen.triton.holes import argument_types
 from attnc.codegen.triton.inputs import name_inputs
 from attnc.codegen.triton.store import load, load_apart
@@ -282,3 +282,12 @@ def test_default_tiles_fit_into_shared_memory(name: str, dtype: torch.dtype, siz
 
 def _qkv(spec):
     return {"q": spec.q, "k": spec.k, "v": spec.v}
+
+
+def test_a_model_gets_a_file_per_computation_and_kind(corpus) -> None:
+    causal, taylor = corpus["causal"], corpus["taylor"]
+    kernels = emit_all([causal, causal, taylor], kinds=("forward", "backward"))
+    assert [k.name for k in kernels] == ["site_0", "site_0_backward", "site_1"]  # shares have no backward
+    assert [kind_of(k.source) for k in kernels] == ["forward", "backward", "forward"]
+    with pytest.raises(CodegenError, match=r"expected a kind of kernel among forward, .*, found 'sideways'"):
+        emit_all([causal], kinds=("sideways",))

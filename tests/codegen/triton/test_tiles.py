@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from attnc.codegen.triton import tiles
 from attnc.codegen.triton.inputs import name_inputs
+from attnc.formula_text import named
 from attnc.ir import AttentionSpec, Fill, Operand
 from attnc.masks import (
     CAUSAL,
     And,
     Band,
     Dense,
+    Formula,
     Full,
     Grid,
     Mask,
@@ -28,7 +30,10 @@ from attnc.masks import (
 offsets = st.one_of(st.none(), st.integers(-9, 9))
 bands = st.builds(Band, offsets, offsets, st.sampled_from(["start", "end"]))
 ranges = st.builds(Range, st.sampled_from(["q", "k"]), st.integers(-2, 20), st.integers(-2, 30))
-leaves = st.one_of(bands, ranges, st.just(Full()), st.just(Padding("pad")), st.just(Dense("dense")))
+coarse = st.builds(
+    lambda form, n: Formula(named(form, [str(n)])), st.sampled_from(["chunk", "blocks"]), st.integers(2, 9)
+)
+leaves = st.one_of(bands, ranges, coarse, st.just(Full()), st.just(Padding("pad")), st.just(Dense("dense")))
 
 
 def trees(parts: st.SearchStrategy[Mask]) -> st.SearchStrategy[Mask]:
@@ -59,19 +64,22 @@ class Int(int):
         return Int(int(self) * int(other))
 
 
-def visit(
-    mask: Mask, fill: Fill, first: int, sq: int, sk: int, bm: int, bn: int, number: type
-) -> list[tuple[int, bool]]:
-    """Run the emitted loops; return the tiles of keys in order, and whether each gets the mask."""
-    seen: list[tuple[int, bool]] = []
-    tl = SimpleNamespace(
+def kernel_functions(number: type) -> SimpleNamespace:
+    return SimpleNamespace(
         maximum=lambda a, b: number(max(a, b)),
         minimum=lambda a, b: number(min(a, b)),
         where=lambda c, a, b: number(a if c else b),
         cdiv=lambda a, b: number(number(a) + b - 1) // b,
     )
+
+
+def visit(
+    mask: Mask, fill: Fill, first: int, sq: int, sk: int, bm: int, bn: int, number: type
+) -> list[tuple[int, bool]]:
+    """Run the emitted loops; return the tiles of keys in order, and whether each gets the mask."""
+    seen: list[tuple[int, bool]] = []
     scope = {
-        "tl": tl,
+        "tl": kernel_functions(number),
         "first": number(first),
         "last": number(min(first + bm, sq) - 1),
         "sq": number(sq),
@@ -82,6 +90,25 @@ def visit(
         {**scope, "BLOCK_N": bn, "see": lambda *x: seen.append(x)},
     )
     return seen
+
+
+def visit_queries(mask: Mask, fill: Fill, n: int, sq: int, sk: int, bm: int, bn: int, number: type):
+    """Run the emitted loops over queries for keys ``n ..``; return the tiles, and those said to be missed."""
+    seen: list[tuple[int, bool]] = []
+    scope = {
+        "tl": kernel_functions(number),
+        "n": number(n),
+        "n_last": number(min(n + bn, sk) - 1),
+        "sq": number(sq),
+        "sk": number(sk),
+        "BLOCK_M": bm,
+        "BLOCK_N": bn,
+        "see": lambda *x: seen.append(x),
+    }
+    lines = tiles.loops(mask, fill, lambda m: [f"see(int(first), {m})"], tiles.QUERIES)
+    exec("\n".join(lines), scope)
+    missed = tiles.missed(mask, fill, tiles.QUERIES) or "True"
+    return seen, [q for q in range(0, sq, bm) if eval(missed, scope, {"first": q})]
 
 
 def kept(mask: Mask, sq: int, sk: int, seed: int = 0) -> torch.Tensor:
@@ -125,6 +152,26 @@ def test_loops_visit_every_visible_key_once_and_leave_the_mask_out_only_where_al
             assert rows[:, n : n + bn].all(), "a tile without a mask hides something"
 
 
+@settings(max_examples=200, deadline=None)
+@given(masks, fills, shapes, st.sampled_from([int, Int]))
+def test_loops_over_queries_visit_every_query_that_sees_some_key_and_know_what_they_miss(
+    mask, fill, shape, number
+) -> None:
+    sq, sk, bm, bn = shape
+    keep = kept(mask, sq, sk)
+    for n in range(0, sk, bn):
+        seen, missed = visit_queries(mask, fill, n, sq, sk, bm, bn, number)
+        starts = [q for q, _ in seen]
+        assert len(set(starts)) == len(starts), "a tile is visited twice"
+        assert sorted([*starts, *missed]) == list(range(0, sq, bm)), "what is missed is not what is left"
+        columns = keep[:, n : n + bn]
+        assert {int(q) // bm * bm for q in columns.any(1).nonzero()} <= set(starts), "a query is left out"
+        for q in (q for q, masked in seen if not masked):
+            assert q + bm <= sq, "a tile without a mask runs past the last query"
+            assert n + bn <= sk, "a tile without a mask runs past the last key"
+            assert columns[q : q + bm].all(), "a tile without a mask hides something"
+
+
 @settings(max_examples=60, deadline=None)
 @given(masks, shapes)
 def test_a_fill_added_to_the_score_that_is_not_far_leaves_no_key_out(mask, shape) -> None:
@@ -155,6 +202,17 @@ def test_causal_stops_at_the_diagonal_and_a_window_starts_at_its_edge() -> None:
     assert visit(Band(9, 0), Fill(), 12, 16, 16, 4, 4, int) == [(0, True), (4, True), (8, False), (12, True)]
     with_sinks = And((CAUSAL, Or((Band(3, 0), Range("k", 0, 2)))))
     assert visit(with_sinks, Fill(), 12, 16, 16, 4, 4, int) == [(0, True), (8, True), (12, True)]
+
+
+def test_queries_begin_at_the_diagonal_and_end_with_the_window() -> None:
+    # keys 8..11 of 16, tiles of 4 queries
+    seen = [(8, True), (12, False)]
+    assert visit_queries(CAUSAL, Fill(), 8, 16, 16, 4, 4, int) == (seen, [0, 4])
+    assert visit_queries(Band(5, 0), Fill(), 4, 16, 16, 4, 4, int)[0] == [(4, True), (8, True), (12, True)]
+    in_blocks = Formula(named("blocks", ["4"]))
+    assert visit_queries(in_blocks, Fill(), 8, 16, 16, 4, 4, int) == ([(8, False), (12, False)], [0, 4])
+    in_chunks = Formula(named("chunk", ["4"]))
+    assert visit_queries(in_chunks, Fill(), 8, 16, 16, 4, 4, int) == ([(8, False)], [0, 4, 12])
 
 
 def test_a_full_mask_needs_no_predicate_but_at_the_end() -> None:

@@ -278,8 +278,10 @@ def reference(q, k, v, bias0, bias1, seen, work=torch.float64):
     s = s - bias1.to(work)
     keep = seen
     s = s.masked_fill(~keep, float("-inf"))
-    lse = torch.logsumexp(s, -1)
-    weights = torch.softmax(s, -1).nan_to_num(0.0)
+    unseen = (s == float("-inf")).all(-1, keepdim=True)  # such rows get zeros
+    s = s.masked_fill(unseen, 0.0)
+    lse = torch.logsumexp(s, -1).masked_fill(unseen[..., 0], float("-inf"))
+    weights = torch.softmax(s, -1).masked_fill(unseen, 0.0)
     if work != torch.float64:
         weights = weights.to(q.dtype).to(work)
     return weights @ v.to(work), lse

@@ -1,0 +1,445 @@
+"""Compute what varies between backward files: the holes of ``templates/bwd.py.j2``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from attnc.codegen.triton import holes, tiles
+from attnc.codegen.triton.configs import Config, choose_keys
+from attnc.codegen.triton.heads import Part, head_parts
+from attnc.codegen.triton.inputs import Input, name_inputs
+from attnc.codegen.triton.slopes import Chain, chain, weigh_slope
+from attnc.codegen.triton.steps import LOG2E, hidden, times, wide_biases
+from attnc.ir import AttentionSpec, Bias, Elementwise, Fill, Pointwise, SignedSoftmax
+from attnc.masks import Full, may_hide_a_whole_row
+
+_CONSTANTS = [
+    "MASKED: tl.constexpr, UPCAST: tl.constexpr,",
+    "BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,",
+]
+_AXES = {"q": "bhmd", "k": "bhnd", "v": "bhnd", "out": "bhme", "dout": "bhme"}
+_OTHER = {"top": 'float("inf")', "share": "1.0", "delta": "0.0"}
+
+
+def fill_holes(spec: AttentionSpec, configs: dict[str, Config]) -> dict[str, Any]:
+    """Return the value of every named hole, for a canonical spec."""
+    frame = holes.fill_holes(spec, configs, descriptors=False)
+    own = _Backward(spec, frame)
+    return {**frame, **own.heads(), **own.pairs(), **own.tiles(), **own.loops(), **own.calls(), **own.grads()}
+
+
+NEAR = -32.0
+"""A fill nearer to zero leaves rows of fills with a log-sum-exp like that of other rows, which fp32 holds."""
+
+
+def extra_kernels(spec: AttentionSpec) -> tuple[str, ...]:
+    """Return the ends of the names of kernels that only some specs have: over rows, of captured tensors."""
+    inputs = name_inputs(spec)
+    rows = () if isinstance(spec.norm, Elementwise) else ("rows_kernel",)
+    return (*rows, *(f"d_{g.x.name}_kernel" for g in captured_grads(spec, inputs) if g.kind == "summed"))
+
+
+@dataclass(frozen=True, slots=True)
+class Low:
+    """Log-sum-exps so low that a row needs care, in base 2; None where no row can be.
+
+    ``refine``: at or below it fp32 does not hold the log-sum-exp well enough to divide by.  ``spread``: at or
+    below it a row may weigh keys that the mask hides.  A signed softmax knows magnitudes only: what is low
+    to others is high to it.
+    """
+
+    refine: float | None
+    spread: float | None
+
+
+def low(spec: AttentionSpec, inputs: tuple[Input, ...]) -> Low:
+    """Return the bounds for the rows of a spec.
+
+    Half a finite fill is far below every score that is no fill, and far above those that are; a fill near
+    zero is no case, since fp32 then holds the log-sum-exp.
+    """
+    if isinstance(spec.norm, Elementwise):
+        return Low(None, None)
+    masked, value = not isinstance(spec.mask, Full), spec.fill.value
+    signed = isinstance(spec.norm, SignedSoftmax)
+    fills = masked and math.isfinite(value) and value <= NEAR
+    fills = fills and (may_hide_a_whole_row(spec.mask) or value > tiles.FAR or signed)
+    bounds = [hidden(spec.fill) / 2] if fills else []
+    skips = masked and tiles.may_skip(holes.visited(spec))
+    spread = bounds[0] if fills and skips else None
+    unsure = may_hide_a_whole_row(spec.mask) or any(isinstance(s, Bias | Pointwise) for s in spec.scores)
+    if skips and value == -math.inf and unsure and not spec.norm.safe and spec.norm.sink is None:
+        spread = -math.inf  # NaN everywhere, as in eager torch
+    if wide_biases(spec, inputs) or any(isinstance(s, Bias) for s in spec.scores):
+        bounds.append(tiles.LOW * LOG2E)
+    return Low(max(bounds, default=None), spread)
+
+
+@dataclass(frozen=True, slots=True)
+class Grad:
+    """The gradient of a captured tensor that the scores read, and which kernel computes it."""
+
+    x: Input
+    at: int
+
+    @property
+    def kind(self) -> str:
+        """Say what is stored: ``pairs``, ``summed`` pairs, one number per key, or one per query."""
+        if set("qk") <= set(self.x.axes):
+            return "pairs" if set("bh") <= set(self.x.axes) else "summed"
+        return "columns" if "k" in self.x.axes else "rows"
+
+
+def captured_grads(spec: AttentionSpec, inputs: tuple[Input, ...]) -> list[Grad]:
+    """Return the gradients of captured tensors that scores read; ``at`` counts in (q, k, v, *captured)."""
+    at = {o.name: 3 + i for i, o in enumerate(spec.captured)}
+    return [Grad(x, at[x.operand.name]) for x in inputs if x.role in ("bias", "gain", "side")]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The parameters of a kernel and the arguments that the launcher passes, line by line."""
+
+    params: list[str]
+    args: list[str]
+
+
+def _row(*names: str) -> str:
+    return ", ".join(names) + ","
+
+
+def _optional(*names: str) -> list[str]:
+    return [_row(*names)] if names else []
+
+
+class _Backward:
+    """What the holes of one spec share."""
+
+    def __init__(self, spec: AttentionSpec, frame: dict[str, Any]) -> None:
+        self.spec, self.frame = spec, frame
+        self.inputs = name_inputs(spec)
+        self.pair_inputs = [x for x in self.inputs if x.role != "sink"]
+        self.weighs = not isinstance(spec.norm, Elementwise)
+        self.low = low(spec, self.inputs)
+        self.k_parts, self.v_parts = head_parts(spec)
+        self.chain: Chain = chain(spec.scores, self.inputs, base2=self.weighs)
+        self.stats = (
+            ["top", *(["share"] if self.low.refine is not None else []), "delta"] if self.weighs else []
+        )
+        self.found = captured_grads(spec, self.inputs)
+        loads_keys = any(x.per_tile for x in self.pair_inputs)
+        self.queries = tiles.QUERIES if loads_keys else replace(tiles.QUERIES, whole=tiles.EVERYTHING)
+
+    def of_kind(self, kind: str) -> list[Grad]:
+        return [g for g in self.found if g.kind == kind]
+
+    def names(self, name: str, found: tuple[Part, ...], end: str = "") -> list[str]:
+        return [f"{name}{x.tag}{end}" for x in found]
+
+    # ------------------------------------------------------------ what a tile is given
+
+    def heads(self) -> dict[str, Any]:
+        """Return the tiles over the head sizes."""
+        k, v = self.k_parts, self.v_parts
+        held = [(x, "k", "d") for x in k] + [(x, "v", "e") for x in v]
+        return {
+            "dout_parts": [holes.tile_of(x, "dout", "e", "(rows < sq)[:, None]") for x in v],
+            "k_tiles": [holes.tile_of(x, "k", "d", "inside[:, None]") for x in k],
+            "v_tiles": [holes.tile_of(x, "v", "e", "inside[:, None]") for x in v],
+            "dq_parts": [holes.tile_of(x, "dq", "d", "(rows < sq)[:, None]") for x in k],
+            "dk_parts": [holes.tile_of(x, "dk", "d", "(cols < sk)[:, None]") for x in k],
+            "dv_parts": [holes.tile_of(x, "dv", "e", "(cols < sk)[:, None]") for x in v],
+            "held_tiles": [self._held(*x) for x in held],
+        }
+
+    def _held(self, part: Part, name: str, letter: str) -> dict[str, Any]:
+        """Return a tile of keys or values that a program holds."""
+        feature = f"{letter}{part.tag}"
+        address = part.base(f"{name}_at", f"{name}_{letter}" if name == "k" else "v_d")
+        stride = f"{name}_d"
+        where = f"{address} + j[:, None] * {name}_n + {feature}[None, :] * {stride}"
+        return {
+            **holes.tile_of(part, name, letter, "(cols < sk)[:, None]"),
+            "letter": feature,
+            "address": where,
+        }
+
+    def captured_terms(self) -> list[str]:
+        """Return what a tile is told of captured tensors: addresses, and strides along queries and keys."""
+        terms = [t for x in self.pair_inputs for t in (f"{x.name}_at", *_pair_strides(x))]
+        return _optional(*terms, *self.frame["places"])
+
+    def pairs(self) -> dict[str, Any]:
+        """Return the function from contractions to weights and gradients, pair by pair."""
+        masks = [x for x in self.pair_inputs if x.role in ("valid", "seen", "ids")]
+        scoring = [x for x in self.pair_inputs if x not in masks]
+        weights, steep = self._weights()
+        pulled = ["s", "p", "ds", *(f"d_{g.x.name}" for g in self.found)]
+        given = [_row("s", "dp", *self.stats, "first", "n", "i", "j"), *self.captured_terms(), "sq, sk,"]
+        return {
+            "pair_inputs": [{"name": x.name, "base": _base(x)} for x in self.pair_inputs],
+            "step_pairs": [_pair(x) for x in scoring],
+            "mask_pairs": [_pair(x) for x in masks],
+            "chain_lines": self.chain.lines,
+            "pulls": self.chain.pulls,
+            "steep": steep or self.chain.is_steep,
+            "weights": weights,
+            "stops": self.spec.fill.how == "replace",
+            "pull_params": [*given, "MASKED: tl.constexpr,"],
+            "pull_down": self._pull_args("[:, None]", "[None, :]"),
+            "pull_across": self._pull_args("[None, :]", "[:, None]"),
+            "pulled": ", ".join(pulled),
+            "visited": ", ".join([*self.names("k", self.k_parts), *pulled]),
+            "factor": repr(self.chain.factor) if self.chain.factor != 1.0 else "",
+            "times_factor": times("", self.chain.factor),
+        }
+
+    def _weights(self) -> tuple[list[str], bool]:
+        """Return the lines that turn scores into weights, and their gradient into that of the scores."""
+        norm = self.spec.norm
+        if isinstance(norm, Elementwise):
+            slope, steep = weigh_slope(norm)
+            return [*self.frame["weigh"], *slope], steep
+        share = " * share" if "share" in self.stats else ""
+        if isinstance(norm, SignedSoftmax):
+            return [
+                "sign = tl.where(s > 0.0, 1.0, tl.where(s < 0.0, -1.0, 0.0))",
+                's = tl.where(s == float("-inf"), s, tl.abs(s))',
+                f"p = tl.exp2(s - top){share} * sign",
+                "ds = p * (sign * dp - delta)",
+            ], False
+        return [f"p = tl.exp2(s - top){share}", "ds = p * (dp - delta)"], False
+
+    def _pull_args(self, rows: str, cols: str) -> list[str]:
+        stats = [f"{x}{rows}" for x in self.stats]
+        given = _row("s", "dp", *stats, "first", "n", f"i{rows}", f"j{cols}")
+        return [given, *self.captured_terms(), "sq, sk, MASKED=MASKED,"]
+
+    def tiles(self) -> dict[str, Any]:
+        """Return the parameters of the functions that visit one tile, and their arguments."""
+        k, v = self.k_parts, self.v_parts
+        visit = [
+            _row(*self.names("q", k), *self.names("dout", v), *self.stats, "first", "n"),
+            _row(*self.names("k", k, "_at"), "k_n", "k_d", *self.names("v", v, "_at"), "v_n", "v_d"),
+            *self.captured_terms(),
+            "sq, sk,",
+        ]
+        across = [
+            _row(*self.names("k", k), *self.names("v", v), "first", "n"),
+            _row(*self.names("q", k, "_at"), "q_m", "q_d", *self.names("dout", v, "_at"), "dout_m", "dout_e"),
+            *_optional(*(f"{x}_at" for x in self.stats)),
+            *self.captured_terms(),
+            "sq, sk,",
+        ]
+        rows = [f"d_{g.x.name}_sum" for g in self.of_kind("rows")]
+        columns = [f"d_{g.x.name}_sum" for g in self.of_kind("columns")]
+        stores = [f"d_{g.x.name}_at" for g in self.of_kind("pairs")]
+        dq_state = [*self.names("dq", k), *rows]
+        dkv_state = [*self.names("dk", k), *self.names("dv", v), *columns]
+        return {
+            "stats": [{"name": x, "other": _OTHER[x]} for x in self.stats],
+            "visit_params": [*visit, *_CONSTANTS],
+            "visit_args": [*visit, _passed("MASKED")],
+            "visit_here": [*visit, _passed("True")],
+            "add_keys_params": [_row(*dq_state), *visit, *_optional(*stores), *_CONSTANTS],
+            "add_queries_params": [_row(*dkv_state), *across, *_CONSTANTS],
+            "dq_state": ", ".join(dq_state),
+            "dkv_state": ", ".join(dkv_state),
+            "_add_keys": [_row(*dq_state), *visit, *_optional(*stores)],
+            "_add_queries": [_row(*dkv_state), *across],
+        }
+
+    # ------------------------------------------------------------ loops
+
+    def loops(self) -> dict[str, Any]:
+        """Return the loops of each kernel, and what rows that see nothing add to them."""
+        mask, made = self.spec.mask, self.tiles()
+        visited = holes.visited(self.spec)
+        stops = self.spec.fill.how == "replace"
+        fill = Fill() if stops else visited  # a score that was replaced passes nothing back
+
+        def add_keys(masked: bool) -> list[str]:
+            return _call(made["dq_state"], "_add_keys", made["_add_keys"], masked)
+
+        def add_queries(masked: bool) -> list[str]:
+            return _call(made["dkv_state"], "_add_queries", made["_add_queries"], masked)
+
+        spread = self.low.spread
+        missed = tiles.missed(mask, visited, self.queries)
+        seen = [f"((n < {hi}) & (n + BLOCK_N > {lo}))" for lo, hi in (("lo", "hi"), ("lo_1", "hi_1"))]
+        seen = seen[: len(tiles.spans(mask, fill))]
+        if spread is not None and not stops:
+            seen.append(f"(tl.min(top, 0) <= {_number(spread)})")
+        everything = tiles.outer(mask) == (tiles.EVERYTHING,) or not tiles.may_skip(fill)
+        return {
+            "dq_loops": tiles.loops(mask, fill, add_keys),
+            "dq_spread": spread is not None and not stops,
+            "dq_everything": tiles.loop("0", "sk", add_keys(True), "tl.range({}, {}, {}, num_stages=1)"),
+            "dkdv_bounds": tiles.bounds(mask, visited, self.queries),
+            "dkdv_runs": tiles.runs(mask, visited, add_queries, self.queries),
+            "dkdv_spread": spread is not None,
+            "dkdv_visit": add_queries(True),
+            "missed": f"{missed} & " if missed else "",
+            "spread": "" if spread is None else _number(spread),
+            "base2": self.frame["base2"] or self.frame["extreme"],
+            "tile": _turn(tiles.grows(mask)),
+            "keys_tile": _turn(tiles.grows(mask, self.queries)),
+            "pair_bounds": [] if everything else tiles.bounds(mask, fill),
+            "pair_seen": "" if everything else " | ".join(seen) or "False",
+            **self._refined(),
+        }
+
+    def _refined(self) -> dict[str, Any]:
+        """Return how the kernel over rows weighs a row of very low scores again."""
+        if self.low.refine is None:
+            return {"refine": [], "low": "", "depth": ""}
+        visited = self.pairs()["visited"]
+        body = [
+            *_call(visited, "_visit", self.tiles()["visit_here"][:-1], True),
+            "new_m = tl.maximum(m, tl.max(s, 1))",
+            'base = tl.where(new_m == float("-inf"), 0.0, new_m)  # a row that has seen nothing yet',
+            "l = l * tl.exp2(m - base) + tl.sum(tl.exp2(s - base[:, None]), 1)",
+            "m = new_m",
+        ]
+        sink = next((x for x in self.inputs if x.role == "sink"), None)
+        start = [line for line in self.frame["start"] if not line.startswith("acc")]
+        return {
+            "refine": tiles.loop("0", "sk", body, "tl.range({}, {}, {}, num_stages=1)"),
+            "refine_start": [*([f"{sink.name}_at = {_base(sink)}"] if sink else []), *start],
+            "low": _number(self.low.refine),
+            "depth": "-top" if isinstance(self.spec.norm, SignedSoftmax) else "top",
+        }
+
+    # ------------------------------------------------------------ kernels and the launcher
+
+    def calls(self) -> dict[str, Any]:
+        """Return the parameters and arguments of each kernel."""
+        own = ["q", "k", "v", "dout"]
+        out = {name: [g.x for g in self.of_kind(name)] for name in ("rows", "columns", "pairs")}
+        refined = self.low.refine is not None
+        rows_in = [*(["q", "k", "v"] if refined else []), "dout", "out"]
+        dq_out = ["dq", *(f"d_{x.name}" for x in (*out["rows"], *out["pairs"]))]
+        dkdv_out = ["dk", "dv", *(f"d_{x.name}" for x in out["columns"])]
+        return {
+            "rows_call": self._call(rows_in, ["lse", *self.stats], self.inputs if refined else (), "heads"),
+            "dq_call": self._call(own, [*self.stats, *dq_out], self.pair_inputs, "heads"),
+            "dkdv_call": self._call(own, [*self.stats, *dkdv_out], self.pair_inputs, "kv_heads"),
+        }
+
+    def _call(self, strided: list[str], packed: list[str], inputs: Any, *counts: str) -> Call:
+        """Return a kernel's parameters; ``packed`` tensors are contiguous."""
+        names = [*strided, *(x.name for x in inputs), *packed]
+        strides = {t: [f"{t}_{a}" for a in _AXES[t]] for t in strided}
+        more = [_row(*x.stride_values()) for x in inputs if x.axes]
+        return Call(
+            params=[
+                _row(*(f"{n}_ptr" for n in names)),
+                *(_row(*strides[t]) for t in strided),
+                *_optional(*(s for x in inputs for s in x.strides())),
+                _row(*counts, "sq", "sk"),
+                "UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,",
+            ],
+            args=[_row(*names), _row(*(f"*{t}.stride()" for t in strided)), *more, _row(*counts, "sq", "sk")],
+        )
+
+    def grads(self) -> dict[str, Any]:
+        """Return the gradients of captured tensors, and how the launcher collects them."""
+        listed = {
+            kind: [{"name": g.x.name, "tensor": g.x.tensor, "at": g.at} for g in self.of_kind(kind)]
+            for kind in ("rows", "columns", "pairs")
+        }
+        sink = next((x for x in self.inputs if x.role == "sink"), None)
+        sink_at = next((3 + i for i, o in enumerate(self.spec.captured) if sink and o == sink.operand), None)
+        needs = {
+            "dq": [0, *(g.at for g in self.found if g.kind in ("rows", "pairs"))],
+            "dkdv": [1, 2, *(g.at for g in self.of_kind("columns"))],
+        }
+        return {
+            "keys_configs": [(arch, str(x)) for arch, x in choose_keys(self.spec).items()],
+            "grads": [{"name": x.name} for x in self.inputs if x.role in ("bias", "gain", "side", "sink")],
+            "row_grads": listed["rows"],
+            "column_grads": listed["columns"],
+            "pair_stores": listed["pairs"],
+            "summed_grads": [self._summed(g) for g in self.of_kind("summed")],
+            "sink_at": sink_at,
+            "sink_name": sink.name if sink else "",
+            "results": [self._result(o.name) for o in self.spec.captured],
+            **{f"{name}_wanted": " or ".join(f"needs[{n}]" for n in found) for name, found in needs.items()},
+        }
+
+    def _summed(self, g: Grad) -> dict[str, Any]:
+        """Return a kernel that sums the gradient of pairs over batch entries, heads or both."""
+        here = "".join(a for a in "bh" if a in g.x.axes)
+        count, b, h, over = {
+            "b": ("heads", "place", "other", "heads"),
+            "h": ("batch", "other", "place", "batch entries"),
+            "": ("batch * heads", "other // heads", "other % heads", "batch entries and heads"),
+        }[here]
+        wide = {"b": f"tl.cast({b}, tl.int64)", "h": f"tl.cast({h}, tl.int64)"}
+        own = ["q", "k", "v", "dout"]
+        return {
+            "name": g.x.name,
+            "tensor": g.x.tensor,
+            "at": g.at,
+            "target": g.x.target(),
+            "count": count,
+            "over": over,
+            **wide,
+            "places": {"b": " * batch", "h": " * heads", "": ""}[here],
+            "call": self._call(own, [*self.stats, f"d_{g.x.name}"], self.pair_inputs, "batch", "heads"),
+        }
+
+    def _result(self, operand: str) -> str:
+        """Return the gradient of a captured tensor in the launcher, from what kernels leave unsummed."""
+        views = {"rows": "[..., None]", "columns": "[:, :, None]"}
+        parts = [f"d_{g.x.name}" + views.get(g.kind, "") for g in self.found if g.x.operand.name == operand]
+        if self.spec.norm.sink == operand:
+            parts.append(f"d_{next(x.name for x in self.inputs if x.role == 'sink')}")
+        return " + ".join(parts) or "None"
+
+
+def _call(state: str, function: str, given: list[str], masked: bool) -> list[str]:
+    """Return a call of a function over one tile."""
+    return [f"{state} = {function}(", *(f"    {line}" for line in [*given, _passed(str(masked))]), ")"]
+
+
+def _passed(masked: str) -> str:
+    return f"MASKED={masked}, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,"
+
+
+def _turn(grows: bool) -> str:
+    """Return which tile a program takes: the longest first."""
+    return "tiles - 1 - tl.program_id(0) % tiles" if grows else "tl.program_id(0) % tiles"
+
+
+def _number(x: float) -> str:
+    return repr(x) if math.isfinite(x) else f'float("{x}")'
+
+
+def _base(x: Input) -> str:
+    """Return the address of an input's first element for a batch entry and a head."""
+    return " + ".join([f"{x.name}_ptr", *(f"{a} * {x.name}_{a}" for a in x.axes if a in "bh")])
+
+
+def _pair_strides(x: Input) -> list[str]:
+    return [f"{x.name}_{a}" for a in x.axes if a in "qk"]
+
+
+def _pair(x: Input) -> dict[str, Any]:
+    """Return the loads of an input for the pairs of a tile, whichever way it lies.
+
+    Masked: keys may lie past the end.
+    """
+    terms = [f"{x.name}_at"]
+    for axis, start, step in (("q", "first", "i"), ("k", "n", "j")):
+        if axis in x.axes:
+            terms += [f"tl.cast({start}, tl.int64) * {x.name}_{axis}", f"{step} * {x.name}_{axis}"]
+    rows, cols = ["(qi < sq)"] * ("q" in x.axes), ["(ki < sk)"] * ("k" in x.axes)
+
+    def load(bounds: list[str]) -> str:
+        mask = f", mask={' & '.join(bounds)}, other=0" if bounds else ""
+        return x.value(f"tl.load({x.name}_tile{mask})")
+
+    return {"name": x.name, "where": " + ".join(terms), "masked": load(rows + cols), "full": load(rows)}

@@ -1,0 +1,146 @@
+"""Run emitted backward kernels under Triton's interpreter, in a process of its own; print lines of JSON.
+
+Arguments are names of the corpus, ``short`` for fewer lengths, and ``broken``.  Each spec is run by the
+self-test in its file, and through ``attnc.codegen.triton.launch.run_backward``, after the forward kernel,
+against the executed spec's gradients in fp64.  With ``broken``, some files are broken on purpose, and the
+self-test has to notice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy
+import torch
+
+from attnc.codegen.ops import gradients
+from attnc.codegen.triton import emit, run
+from attnc.codegen.triton.launch import run_backward
+from attnc.codegen.triton.store import load
+from attnc.ir import AttentionSpec, RoundedSoftmax
+from attnc.printer import parse
+
+LENGTHS = {torch.float32: ((17, 63), (65, 65)), torch.float16: ((33, 129), (65, 65))}
+SHORT = {torch.float32: ((17, 63),), torch.float16: ((65, 65),)}
+HUGE = 1e6
+BREAKS = (
+    ("causal", "keep = ki <= qi", "keep = ki < qi"),
+    ("causal", "h = kv_head * 2 + member", "h = kv_head + member"),
+    ("causal", "ds = p * (dp - delta)", "ds = p * dp"),
+    ("causal", "range(full_lo, full_hi, BLOCK_M)", "range(full_lo, full_hi - BLOCK_M, BLOCK_M)"),
+    ("causal", "lo = tl.maximum(n, 0) // BLOCK_M", "lo = tl.maximum(n + BLOCK_M, 0) // BLOCK_M"),
+    ("causal", "(dk * 0.125)", "(dk * 0.25)"),
+    ("causal", "delta -= dlse", "delta += dlse"),
+    (
+        "causal",
+        "tl.store(top_ptr + at + i, top, mask=rows < sq)",
+        "tl.store(top_ptr + at + i, top, mask=rows <= sq)",
+    ),
+    ("causal", "tl.load(k_tile, mask=inside[:, None]", "tl.load(k_tile, mask=(n + j <= sk)[:, None]"),
+    ("left_padded", "if tl.min(lowest, 0) <=", "if tl.min(lowest, 0) < 2 *"),
+    ("left_padded", "share = tl.where(low, 1.0 / l, share)", "share = tl.where(low, 1.0, share)"),
+    ("capped_window", "(1.0 - t1 * t1)", "(1.0 - t1)"),
+    ("biases", "d_bias1 = -ds", "d_bias1 = ds"),
+    ("biases", "for other in range(0, batch)", "for other in range(0, batch - 1)"),
+    ("sink_logits", ".sum((0, 2))", ".sum((0, 2)) * 0.5"),
+    ("softmax_plus_one", "d_gain = ds * s1 * 0.2", "d_gain = ds * s1"),
+)
+"""Corpus entry, a piece of its file, and what to break it into."""
+
+
+def draw(spec: AttentionSpec, b: int, hkv: int, sq: int, sk: int) -> list[torch.Tensor]:
+    """Return tensors whose heads come after their tokens in memory, as most models have them."""
+    g = torch.Generator().manual_seed(sq * 1000 + sk)
+    sizes = {"b": b, "h": hkv * spec.group_size, "hkv": hkv, "s": sq, "t": sk}
+    out = []
+    for o in (spec.q, spec.k, spec.v, *spec.captured):
+        shape = [sizes[d] if isinstance(d, str) else d for d in o.shape]
+        x = torch.randn(shape, generator=g).to(o.dtype)
+        if o.dtype == torch.bool:
+            x = torch.rand(shape, generator=g) < 0.6
+            x[..., : sk // 4] = False  # padding on the left: with a causal mask the first queries see nothing
+        if o.dtype in (torch.int64, torch.int32):
+            x = torch.randint(0, 3, shape, generator=g).to(o.dtype)
+        if o.name == "attention_mask":
+            x = torch.where(x > 0.5, torch.finfo(o.dtype).min, 0.0)
+            x[..., :1, :] = torch.finfo(o.dtype).min  # every key is hidden: a spread over all of them
+        out.append(x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() == 4 else x)
+    return out
+
+
+def compare(spec: AttentionSpec, sq: int, sk: int) -> dict[str, object]:
+    """Return the worst error of each gradient, as a share of its limit by the file's own rule.
+
+    Against the executed spec in fp64, or in fp32 where only that rounds the log-sum-exp as is meant.
+    """
+    module = load(emit(spec, name="backward", kind="backward"))
+    inputs = draw(spec, 1, 1 if sq > 33 else 2, sq, sk)
+    q, k, v, *captured = inputs
+    out, lse = run(spec, q, k, v, captured)
+    g = torch.Generator().manual_seed(sq)
+    b, h, _, e = out.shape
+    dout = torch.randn(b, sq, h, e, generator=g).to(out.dtype).transpose(1, 2)
+    dlse = torch.where(lse.abs() < HUGE, torch.randn(lse.shape, generator=g), 0.0)
+    needs = [x.is_floating_point() for x in inputs]
+    found = run_backward(spec, q, k, v, captured, out, lse, dout, dlse, needs)
+    wide = [x.double() if x.is_floating_point() else x for x in inputs]
+    want = gradients(spec, *wide[:3], wide[3:], dout.double(), dlse.double(), needs)
+    plain = gradients(spec, q, k, v, captured, dout, dlse, needs)
+    if isinstance(spec.norm, RoundedSoftmax):
+        want = plain
+    limits = [limit for limit, _ in module._limits(inputs, dout, dlse) if limit is not None]
+    errors, undefined = [], 0
+    for x, z, own, limit in zip(found, want, plain, limits, strict=True):
+        error = torch.where(own.isfinite() & z.isfinite(), (x - z).abs(), 0.0).max().item()
+        errors.append(error / limit.item() if error else 0.0)
+        undefined += int((x.isnan() != own.isnan()).sum())
+    return {"errors": errors, "undefined": undefined, "hidden_rows": int((lse.abs() >= HUGE).sum())}
+
+
+def self_test(spec: AttentionSpec, name: str) -> dict[str, object]:
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        code = load(emit(spec, name=name, kind="backward")).main()
+    return {"code": code, "text": text.getvalue()}
+
+
+def notices(spec: AttentionSpec, name: str, at: int, old: str, new: str) -> bool:
+    """Say whether some case of the self-test fails once the file is broken."""
+    kernel = emit(spec, name=name, kind="backward")
+    assert old in kernel.source, f"{name} has no {old!r} to break"
+    broken = dataclasses.replace(kernel, source=kernel.source.replace(old, new), key=f"broken{at}")
+    return not all(load(broken)._check(case, torch.device("cpu"))[1] for case in (1, 2, 3))
+
+
+def main(names: list[str]) -> None:
+    numpy.seterr(all="ignore")
+    torch.set_num_threads(1)
+    lines = Path(__file__).with_name("corpus.txt").read_text(encoding="utf-8").splitlines()
+    corpus = {n: parse(s) for n, _, s in (line.partition(" ") for line in lines if not line.startswith("#"))}
+    for name, spec in corpus.items():
+        if name not in names:
+            continue
+        print(json.dumps({"run": f"self-test {name}", **self_test(spec, name)}), flush=True)
+        for dtype, lengths in (SHORT if "short" in names else LENGTHS).items():
+            cast = [dataclasses.replace(o, dtype=dtype) for o in (spec.q, spec.k, spec.v)]
+            typed = dataclasses.replace(spec, q=cast[0], k=cast[1], v=cast[2])
+            for sq, sk in lengths:
+                if name == "packed" and sq != sk:
+                    continue
+                result = compare(typed, sq, sk)
+                print(json.dumps({"run": f"{name} {dtype} {sq} {sk}", **result}), flush=True)
+    for at, (name, old, new) in enumerate(BREAKS if "broken" in names else ()):
+        found = notices(corpus[name], name, at, old, new)
+        print(json.dumps({"run": f"broken {name}: {old} -> {new}", "noticed": found}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
