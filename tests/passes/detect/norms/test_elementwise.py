@@ -219,6 +219,11 @@ def test_zeroed_weights_are_refused_where_a_score_may_be_minus_infinity_besides(
     assert [m.code for m, _ in missed] == ["not-softmax"]
 
 
+def test_the_softmax_inside_of_signed_weights_is_no_miss():
+    found, missed = trace(lambda w: w.sign() * w.abs().softmax(-1)).detect()
+    assert (len(found), missed) == (1, [])
+
+
 def test_other_signs_are_no_signed_softmax():
     found, _ = trace(lambda w: (w + 1).sign() * w.abs().softmax(-1)).detect()
     assert not found
