@@ -20,7 +20,18 @@ import torch
 from torch import Tensor
 
 from attnc.errors import UnsupportedError
-from attnc.ir import AttentionSpec, Bias, Elementwise, Gain, Pointwise, Scale, Softcap, Softmax, Step
+from attnc.ir import (
+    AttentionSpec,
+    Bias,
+    Elementwise,
+    Gain,
+    Normalized,
+    Pointwise,
+    Scale,
+    Softcap,
+    Softmax,
+    Step,
+)
 from attnc.masks import Full, Grid
 from attnc.pointwise import SCORE
 from attnc.printer import parse
@@ -52,10 +63,12 @@ def execute(
     _check(spec, q, k, v, captured)
     named = {o.name: t for o, t in zip(spec.captured, captured, strict=True)}
     states, _ = _scores(spec, q, k, named)
-    scores = states[-1] if listed is None else states[-1].masked_fill(~listed, -math.inf)
-    weights, lse = spec.norm.apply(scores, named)
-    if listed is not None and isinstance(spec.norm, Elementwise):
-        weights = weights.masked_fill(~listed, 0.0)
+    if listed is None:
+        weights, lse = spec.norm.apply(states[-1], named)
+    elif isinstance(spec.norm, Elementwise | Normalized):  # their functions need not vanish at -inf
+        weights, lse = spec.norm.apply(states[-1], named, listed)
+    else:
+        weights, lse = spec.norm.apply(states[-1].masked_fill(~listed, -math.inf), named)
     out = _stack(weights, k) @ v.to(weights.dtype)
     return out.view(*q.shape[:3], v.shape[3]).to(q.dtype), lse.contiguous()
 
