@@ -21,7 +21,18 @@ from attnc.codegen.calls import check, stack, work_dtype
 from attnc.codegen.forward_mode import attend_autograd, attend_backward_autograd
 from attnc.codegen.operators import operator
 from attnc.errors import UnsupportedError
-from attnc.ir import AttentionSpec, Bias, Elementwise, Gain, Pointwise, Scale, Softcap, Softmax, Step
+from attnc.ir import (
+    AttentionSpec,
+    Bias,
+    Elementwise,
+    Gain,
+    Normalized,
+    Pointwise,
+    Scale,
+    Softcap,
+    Softmax,
+    Step,
+)
 from attnc.masks import Full, Grid
 from attnc.pointwise import SCORE
 from attnc.printer import parse
@@ -53,10 +64,12 @@ def execute(
     check(spec, q, k, v, captured)
     named = {o.name: t for o, t in zip(spec.captured, captured, strict=True)}
     states, _ = _scores(spec, q, k, named)
-    scores = states[-1] if listed is None else states[-1].masked_fill(~listed, -math.inf)
-    weights, lse = spec.norm.apply(scores, named)
-    if listed is not None and isinstance(spec.norm, Elementwise):
-        weights = weights.masked_fill(~listed, 0.0)
+    if listed is None:
+        weights, lse = spec.norm.apply(states[-1], named)
+    elif isinstance(spec.norm, Elementwise | Normalized):  # their functions need not vanish at -inf
+        weights, lse = spec.norm.apply(states[-1], named, listed)
+    else:
+        weights, lse = spec.norm.apply(states[-1].masked_fill(~listed, -math.inf), named)
     out = stack(weights, k) @ v.to(weights.dtype)
     return out.view(*q.shape[:3], v.shape[3]).to(q.dtype), lse.contiguous()
 

@@ -164,10 +164,17 @@ class Elementwise:
         return float(P.evaluate(P.parse_term(self.expr), {P.SCORE: s}))
 
     def apply(
-        self, scores: torch.Tensor, captured: Mapping[str, torch.Tensor]
+        self,
+        scores: torch.Tensor,
+        captured: Mapping[str, torch.Tensor],
+        listed: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the weights ``[B, H, Sq, Sk]`` and zeros ``[B, H, Sq]``: no row is divided by its sum."""
+        """Return the weights ``[B, H, Sq, Sk]`` and zeros ``[B, H, Sq]``: no row is divided by its sum.
+
+        ``listed``, bool, broadcasts to the scores: weights are zero where it is False.
+        """
         weights = P.evaluate(P.parse_term(self.expr), {P.SCORE: scores})
+        weights = weights if listed is None else weights.masked_fill(~listed, 0.0)
         return weights, scores.new_zeros(scores.shape[:-1])
 
     def pull_back(
@@ -210,10 +217,16 @@ class Normalized:
         return Elementwise(self.expr).weight(score)
 
     def apply(
-        self, scores: torch.Tensor, captured: Mapping[str, torch.Tensor]
+        self,
+        scores: torch.Tensor,
+        captured: Mapping[str, torch.Tensor],
+        listed: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the weights ``[B, H, Sq, Sk]`` and the logarithm of each row's divisor ``[B, H, Sq]``."""
-        f, total = self._parts(scores)
+        """Return the weights ``[B, H, Sq, Sk]`` and the logarithm of each row's divisor ``[B, H, Sq]``.
+
+        ``listed`` as in ``Elementwise``; what it leaves out is not in the sum.
+        """
+        f, total = self._parts(scores, listed)
         return f / total, total[..., 0].log()
 
     def pull_back(
@@ -226,9 +239,11 @@ class Normalized:
         row = torch.where(f.sum(-1, keepdim=True) + self.added < self.least, 0.0, row)
         return Elementwise(self.expr).pull_back(scores, (grad + row) / total, None)
 
-    def _parts(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _parts(
+        self, scores: torch.Tensor, listed: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the values of the function and each row's divisor ``[B, H, Sq, 1]``."""
-        f, _ = Elementwise(self.expr).apply(scores, {})
+        f, _ = Elementwise(self.expr).apply(scores, {}, listed)
         return f, (f.sum(-1, keepdim=True) + self.added).clamp(min=self.least)
 
     def __str__(self) -> str:

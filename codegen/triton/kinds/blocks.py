@@ -14,7 +14,7 @@ from attnc.codegen.triton.configs import choose as choose_for
 from attnc.codegen.triton.holes import argument_types, fill_holes
 from attnc.codegen.triton.kinds.kind import Configs, Kind, Program, Types
 from attnc.codegen.triton.layout import DENSE, Layout
-from attnc.ir import AttentionSpec, Elementwise, RoundedSoftmax, SignedSoftmax, Softmax
+from attnc.ir import AttentionSpec, Elementwise, Normalized, RoundedSoftmax, SignedSoftmax, Softmax
 
 LAYOUT = Layout(DENSE.axes, lists={"ranges": "bh", "columns": "", "order": ""})
 BLOCKS = ((128, 128), (16, 32), (32, 16), (32, 64), (64, 64), (128, 32))
@@ -52,7 +52,7 @@ KIND = Kind(
         Program(constants={**_POINTERS, "DESCRIPTORS": True}, targets=TMA, variant="descriptors"),
         Program(configs="POINTERS", constants=_POINTERS, targets=TMA, variant="pointers"),
     ),
-    norms=(Softmax, SignedSoftmax, RoundedSoftmax, Elementwise),
+    norms=(Softmax, SignedSoftmax, RoundedSoftmax, Elementwise, Normalized),
     places="qkhb",
     types=_types,
 )

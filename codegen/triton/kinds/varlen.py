@@ -14,7 +14,7 @@ from attnc.codegen.triton.inputs import name_inputs
 from attnc.codegen.triton.kinds.kind import Configs, Kind, Program, Types
 from attnc.codegen.triton.layout import PACKED
 from attnc.codegen.triton.tiles import grows
-from attnc.ir import AttentionSpec, Elementwise, RoundedSoftmax, SignedSoftmax, Softmax
+from attnc.ir import AttentionSpec, Elementwise, Normalized, RoundedSoftmax, SignedSoftmax, Softmax
 
 Lengths = tuple[tuple[int, ...], tuple[int, ...]]
 LENGTHS: tuple[Lengths, ...] = (
@@ -64,7 +64,7 @@ KIND = Kind(
         Program(constants={**_POINTERS, "DESCRIPTORS": True}, targets=TMA, variant="descriptors"),
         Program(configs="POINTERS", constants=_POINTERS, targets=TMA, variant="pointers"),
     ),
-    norms=(Softmax, SignedSoftmax, RoundedSoftmax, Elementwise),
+    norms=(Softmax, SignedSoftmax, RoundedSoftmax, Elementwise, Normalized),
     places="qkhb",
     types=_types,
 )

@@ -48,7 +48,7 @@ def check(name: str, rows) -> None:
         assert row["lse"] <= 1, run
         assert row["strange"], f"{run}: rows that see no key"
         assert row["strange_lse"], f"{run}: log-sum-exp of rows that see no key"
-    assert sum(row["rows"] - row["hidden_rows"] for row in found.values()) > 100
+        assert row["hidden_rows"] < row["rows"], run
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -171,17 +171,21 @@ def test_off_the_gpu_the_definition_is_computed_in_plain_torch(fill: str, corpus
     assert (lse[nothing] == -torch.inf).all()
 
 
-def test_weights_of_their_own_are_zero_outside_the_list(corpus) -> None:
+@pytest.mark.parametrize(
+    ("norm", "empty"), [("elementwise(tanh(s))", 0.0), ("normalized((square(s)+1.0))", torch.nan)]
+)
+def test_weights_that_a_score_of_minus_infinity_keeps_are_zero_outside_the_list(norm, empty, corpus) -> None:
     text = str(corpus["weighed_by_tanh"])
-    spec = parse(text.replace("mask=window(left=15,right=0) fill(add,-4.0)", "mask=none"))
+    text = text.replace("mask=window(left=15,right=0) fill(add,-4.0)", "mask=none")
+    spec = parse(text.replace("elementwise(tanh(s))", norm))
     q, k, v = draw(spec, 20, 40)
     middle = [[[[0, 1, 0]], [[0, 0, 0]], [[0, 1, 0]], [[0, 0, 0]]]]
     blocks = BlockList.from_dense(torch.tensor(middle) > 0, block=(32, 16))
     out, lse = run_blocks(spec, q, k, v, (), blocks)
-    want, _ = execute(spec, q, k[:, :, 16:32], v[:, :, 16:32])
+    want, want_lse = execute(spec, q, k[:, :, 16:32], v[:, :, 16:32])
     torch.testing.assert_close(out[:, ::2], want[:, ::2])
-    assert (out[:, 1::2] == 0).all()  # tanh of a score of -inf is -1
-    assert (lse == 0).all()
+    torch.testing.assert_close(lse[:, ::2], want_lse[:, ::2])
+    torch.testing.assert_close(out[:, 1::2], torch.full_like(want[:, 1::2], empty), equal_nan=True)
 
 
 def test_a_list_of_other_sizes_is_refused(corpus) -> None:

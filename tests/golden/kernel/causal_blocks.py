@@ -366,9 +366,9 @@ def _lists(case, inputs):
 
 def _seen(q, k, v):
     """Return which keys the mask shows, bool, of a shape that broadcasts to [B, H, Sq, Sk]."""
-    qi = torch.arange(q.shape[2], device=q.device)[:, None]
-    ki = torch.arange(k.shape[2], device=q.device)[None, :]
     sq, sk = q.shape[2], k.shape[2]
+    qi = torch.arange(sq, device=q.device)[:, None]
+    ki = torch.arange(sk, device=q.device)[None, :]
     return ki <= qi
 
 
