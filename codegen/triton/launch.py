@@ -7,6 +7,7 @@ says why, once.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import cast
@@ -14,6 +15,7 @@ from typing import cast
 from torch import Tensor
 
 from attnc import logs
+from attnc.codegen.caches import execute_paged
 from attnc.codegen.ops import execute
 from attnc.codegen.triton.emit import can_run, emit
 from attnc.codegen.triton.store import load
@@ -41,6 +43,32 @@ def run(
     if kernel is None or not _fits(spec, q, k, v):
         return execute(spec, q, k, v, captured)
     return kernel(q, k, v, *captured)
+
+
+def attend_paged(
+    spec: AttentionSpec,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seqlens: Tensor,
+    captured: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) of a spec on keys and values in pages, from the emitted kernel where it can serve.
+
+    The tensors are those of ``attnc.codegen.caches.execute_paged``, which runs on the CPU and where no kernel
+    serves.  The kernel waits for nothing: it reads the lengths on the device, and takes one that is more
+    than the table has room for as just that room.
+
+    Raises:
+        ValueError: a shape or a dtype does not fit.
+        CodegenError: the emitted file does not import.
+    """
+    plain = q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"
+    kernel = None if plain else launcher(spec, "paged")
+    if kernel is None or not _fits(spec, q, k_cache, v_cache):
+        return execute_paged(spec, q, k_cache, v_cache, block_table, seqlens, captured)
+    return kernel(q, k_cache, v_cache, block_table, seqlens, *captured)
 
 
 def kind_for(q: Tensor, k: Tensor) -> str:

@@ -27,6 +27,7 @@ from attnc.codegen.triton.store import load
 from attnc.ir import AttentionSpec, Kernel
 from attnc.printer import parse
 
+Call = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 LENGTHS = {torch.float32: ((1, 1), (63, 17), (65, 65), (129, 129)), torch.float16: ((17, 63), (65, 65))}
 BREAKS = (
     ("causal", "        keep = ki <= qi", "        keep = ki < qi"),
@@ -65,10 +66,11 @@ def compare(
     spec: AttentionSpec,
     sq: int,
     sk: int,
-    call: Callable[..., tuple[torch.Tensor, torch.Tensor]] = run,
+    call: Call = run,
     batch: int = 1,
+    oracle: Call = lambda spec, q, k, v, captured: spec(q, k, v, tuple(captured)),
 ) -> dict[str, object]:
-    """Return the error of ``call`` against the fp64 oracle, as a share of its limit.
+    """Return the error of ``call`` against the oracle in fp64, as a share of its limit.
 
     The limit is twice what the spec in working precision is off, plus two rounding units of the largest
     value: one for the weights, which the kernel rounds to the dtype, one for the output.
@@ -76,8 +78,8 @@ def compare(
     q, k, v, *captured = draw(spec, batch, 1 if sq > 64 else 2, sq, sk)
     out, lse = call(spec, q, k, v, captured)
     wide = [x.double() if x.is_floating_point() else x for x in captured]
-    want, want_lse = spec(q.double(), k.double(), v.double(), tuple(wide))
-    own, own_lse = spec(q, k, v, tuple(captured))
+    want, want_lse = oracle(spec, q.double(), k.double(), v.double(), wide)
+    own, own_lse = oracle(spec, q, k, v, captured)
     usual = want_lse.abs() < 1e6
     eps, unit = torch.finfo(q.dtype).eps, torch.finfo(torch.float32).eps
     limit = 2 * worst(own - want, usual) + 2 * eps * v.abs().max()
