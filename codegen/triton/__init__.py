@@ -2,13 +2,14 @@
 
 ``can_run`` says why a spec has no kernel, ``emit`` writes one, ``emit_all`` those of a model.  ``run`` is the
 CUDA implementation of ``torch.ops.attnc.attend``; ``tune`` measures which tiles it should take.
-``run_blocks`` computes listed blocks only, ``run_varlen`` takes packed sequences.
+``run_blocks`` computes listed blocks only, ``run_varlen`` takes packed sequences, ``attend_paged``
+a cache in pages.
 ``aot.report_rows`` compiles a kernel without a GPU.
 """
 
 from attnc.codegen.triton.contest import Lengths
 from attnc.codegen.triton.emit import can_run, emit, emit_all
-from attnc.codegen.triton.launch import run, run_blocks, run_varlen
+from attnc.codegen.triton.launch import attend_paged, run, run_blocks, run_varlen
 from attnc.codegen.triton.tune import Tuning, tune
 
 NAME = "triton"
@@ -17,6 +18,7 @@ __all__ = [
     "NAME",
     "Lengths",
     "Tuning",
+    "attend_paged",
     "can_run",
     "emit",
     "emit_all",

@@ -91,7 +91,7 @@ def fill_holes(
 def _check_holes() -> dict[str, Any]:
     """Return how the self-test draws its inputs, starts the kernel, and names what it compares with."""
     sampled = ["inputs = _sample(case, device)", "q, v = inputs[0], inputs[2]"]
-    return {"sampled": sampled, "launched": "launch(*inputs, out, lse)", "oracle": "reference"}
+    return {"sampled": sampled, "launched": "launch(*inputs, out, lse)", "dense": "reference"}
 
 
 def part_names(name: str, found: tuple[Part, ...]) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attnc import logs
 from attnc.block_list import BlockList
+from attnc.codegen.caches import execute_paged
 from attnc.codegen.ops import execute, gradients
 from attnc.codegen.triton import picks
 from attnc.codegen.triton.emit import can_run, emit
@@ -114,6 +115,32 @@ def run_varlen(
     if kernel is None or not _fits(spec, q, k, v):
         return execute_packed(spec, q, k, v, cu_q, cu_k, captured)
     return kernel(q, k, v, *captured, cu_q, cu_k, max_q, _padded_keys(spec, captured) or k.shape[0])
+
+
+def attend_paged(
+    spec: AttentionSpec,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seqlens: Tensor,
+    captured: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) of a spec on keys and values in pages, from the emitted kernel where it can serve.
+
+    The tensors are those of ``attnc.codegen.caches.execute_paged``, which runs on the CPU and where no kernel
+    serves.  The kernel waits for nothing: it reads the lengths on the device, and takes one that is more
+    than the table has room for as just that room.
+
+    Raises:
+        ValueError: a shape or a dtype does not fit.
+        CodegenError: the emitted file does not import.
+    """
+    spec = _sized(spec, q, v_cache)
+    kernel = launcher(spec, kind="paged") if _runs_kernels(q) else None
+    if kernel is None or not _fits(spec, q, k_cache, v_cache):
+        return execute_paged(spec, q, k_cache, v_cache, block_table, seqlens, captured)
+    return kernel(q, k_cache, v_cache, block_table, seqlens, *captured)
 
 
 def kind_for(q: Tensor, k: Tensor) -> str:

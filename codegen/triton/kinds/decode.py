@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from attnc.codegen.triton import tiles
@@ -32,6 +32,28 @@ TOGETHER = 16
 """Shares that are added up at a time."""
 TILE_BYTES = 2**15
 """Bytes of keys and values in a tile of 128 keys, above which it has 64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """How keys and values lie in memory, as the emitted file has it.
+
+    ``names`` are the launcher's for k and v, ``axes`` theirs in order (n: one key), ``length`` the launcher's
+    size for the keys.  ``tensors`` are further arguments: the kernel's name, the launcher's, and axes.
+    ``locals`` are what a tile is told beside, ``constants`` what is known at compile time: the kernel's name
+    and the launcher's.  ``end`` is how a row that saw nothing ends, where that is not what its sums say.
+    """
+
+    names: tuple[str, str] = ("k", "v")
+    axes: str = "bhnd"
+    length: str = "sk"
+    tensors: tuple[tuple[str, str, str], ...] = ()
+    locals: tuple[str, ...] = ()
+    constants: tuple[tuple[str, str], ...] = ()
+    end: tuple[str, ...] = ()
+
+
+CONTIGUOUS = Cache()
 
 
 def choose_decode(spec: AttentionSpec) -> dict[str, Config]:
@@ -87,21 +109,19 @@ def fill_decode(spec: AttentionSpec, configs: dict[str, Config]) -> dict[str, An
     return {
         **holes,
         **row_holes(spec, holes),
+        "lengths": [],
         "key_rows": [f"{t}_rows = tl.cast(cols, tl.int64) * {t}_n" for t in "kv"],
         "k_base": "k_ptr + b * k_b + kv * k_h",
         "v_base": "v_ptr + b * v_b + kv * v_h",
         "cases": [(b, h, max(q, k), max(q, k)) if square else (b, h, q, k) for b, h, q, k in CASES],
         "launched": "launch(*inputs, out, lse, splits=(None, 1, 3, 20)[case % 4])",
-        "call_signature": holes["signature"],
-        "call_arguments": holes["arguments"],
     }
 
 
-def row_holes(spec: AttentionSpec, holes: dict[str, Any], paging: tuple[str, ...] = ()) -> dict[str, Any]:
+def row_holes(spec: AttentionSpec, holes: dict[str, Any], cache: Cache = CONTIGUOUS) -> dict[str, Any]:
     """Return the holes in which rows of several heads, and shares of the keys, make a difference.
 
-    ``holes`` are the forward's; ``paging`` names further arguments of the kernel, all of them pointers or
-    strides.
+    ``holes`` are the forward's.
     """
     group = spec.group_size
     inputs = name_inputs(spec)
@@ -118,8 +138,8 @@ def row_holes(spec: AttentionSpec, holes: dict[str, Any], paging: tuple[str, ...
         "out_parts": [_limited(x) for x in holes["out_parts"]],
         "branches": False,
         "start": _start(spec),
-        **_call_holes(spec, holes, kernel_inputs, paging),
-        **_combine_holes(spec, inputs),
+        **_call_holes(spec, holes, kernel_inputs, cache),
+        **_combine_holes(spec, inputs, cache),
     }
 
 
@@ -160,40 +180,55 @@ def _start(spec: AttentionSpec) -> list[str]:
 
 
 def _call_holes(
-    spec: AttentionSpec, holes: dict[str, Any], inputs: list[Input], paging: tuple[str, ...]
+    spec: AttentionSpec, holes: dict[str, Any], inputs: list[Input], cache: Cache
 ) -> dict[str, Any]:
     """Return parameters and arguments of the kernel and of a tile, and the loop over a share of the keys."""
     k_parts, v_parts = head_parts(spec)
-    state, softmax = holes["state"], not isinstance(spec.norm, Elementwise)
-    scratch = ["acc", "l", "m"] if softmax else ["acc"]
-    main = [f"{t}_{a}" for t, axes in (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd")) for a in axes]
-    strides = [s for x in inputs for s in x.strides()]
+    state = holes["state"]
+    scratch = ["acc"] if isinstance(spec.norm, Elementwise) else ["acc", "l", "m"]
+    names = [x.name for x in inputs]
     keys, values = (part_names(t, parts) for t, parts in (("k", k_parts), ("v", v_parts)))
     given = [
         f"{state}, {part_names('q', k_parts)}, rows, n,",
         f"{_at(keys)}, k_n, k_d, {_at(values)}, v_n, v_d,",
+        *_lines(list(cache.locals)),
         *_lines([t for x in inputs for t in _tile_terms(x)]),
         "sq, sk,",
     ]
-    constants = "UPCAST: tl.constexpr, BLOCK_N: tl.constexpr,"
-    call = [f"{state} = _tile(", *(f"    {x}" for x in [*given, "UPCAST=UPCAST, BLOCK_N=BLOCK_N,"]), ")"]
+    constants = ["UPCAST", *(x for x, _ in cache.constants), "BLOCK_N"]
+    call = [*given, ", ".join(f"{x}={x}" for x in constants) + ","]
+    sizes = ["heads", "sq", cache.length, "splits"]
+    signature = ", ".join(["q", *cache.names, *(n for _, n, _ in cache.tensors), *_captured(spec, holes)])
+    tables = [x for x, _, _ in cache.tensors]
     return {
-        "tile_params": [*given, constants],
-        "loops": share_lines(spec, call),
+        "tile_params": [*given, ", ".join(f"{x}: tl.constexpr" for x in constants) + ","],
+        "loops": share_lines(spec, [f"{state} = _tile(", *(f"    {line}" for line in call), ")"]),
         "kernel_params": [
-            *_lines([f"{x}_ptr" for x in ("q", "k", "v", *(x.name for x in inputs), *scratch)]),
-            *(line for at in (0, 4, 8) for line in _lines(main[at : at + 4])),
-            *_lines(strides),
-            "heads, sq, sk, splits,",
-            "UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,",
+            *_lines([f"{x}_ptr" for x in ("q", "k", "v", *tables, *names, *scratch)]),
+            *_lines([f"q_{a}" for a in "bhmd"]),
+            *(line for t in "kv" for line in _lines([f"{t}_{a}" for a in cache.axes])),
+            *_lines([f"{x}_{a}" for x, _, axes in cache.tensors for a in axes]),
+            *_lines([s for x in inputs for s in x.strides()]),
+            *_lines(sizes),
+            ", ".join(f"{x}: tl.constexpr" for x in [*constants[:-1], "BLOCK_M", "BLOCK_N"]) + ",",
         ],
+        "launch_constants": [f"{x}={value}" for x, value in cache.constants],
+        "kernel_sizes": ", ".join(f'"{x}"' for x in sizes),
         "launch_args": [
-            *_lines(["q", "k", "v", *(x.name for x in inputs), *scratch]),
-            "*q.stride(), *k.stride(), *v.stride(),",
+            *_lines(["q", *cache.names, *(n for _, n, _ in cache.tensors), *names, *scratch]),
+            ", ".join(f"*{x}.stride()" for x in ("q", *cache.names)) + ",",
+            *_lines([f"*{n}.stride()" for _, n, _ in cache.tensors]),
             *(line for x in inputs for line in _lines(list(x.stride_values()))),
             "heads, sq, sk, splits,",
         ],
+        "call_signature": signature,
     }
+
+
+def _captured(spec: AttentionSpec, holes: dict[str, Any]) -> list[str]:
+    """Return the launcher's names of the captured tensors."""
+    names: list[str] = holes["signature"].split(", ")
+    return names[3:]
 
 
 def _at(names: str) -> str:
@@ -237,12 +272,11 @@ def share_lines(spec: AttentionSpec, call: list[str]) -> list[str]:
     return [*lines, loop, *(f"    {line}" for line in [*step, *call])]
 
 
-def _combine_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any]:
-    """Return parameters and arguments of the kernel that adds the shares, and where it starts."""
-    sink = spec.norm.sink
+def _combine_holes(spec: AttentionSpec, inputs: tuple[Input, ...], cache: Cache) -> dict[str, Any]:
+    """Return parameters and arguments of the kernel that adds the shares, and where it starts and ends."""
+    sink, softmax = spec.norm.sink, not isinstance(spec.norm, Elementwise)
     logits = [x for x in inputs if x.role == "sink"]
-    shares = ["acc"] if isinstance(spec.norm, Elementwise) else ["acc", "l", "m"]
-    start = [] if isinstance(spec.norm, Elementwise) else ['m = float("-inf")', "l = 0.0"]
+    start = ['m = float("-inf")', "l = 0.0"] if softmax else []
     if logits:
         start = [
             f"m = tl.load({_sink_address(logits[0])}).to(tl.float32) * {LOG2E!r}  # the sink",
@@ -250,19 +284,31 @@ def _combine_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, 
         ]
     elif isinstance(sink, float) and sink != -math.inf:
         start = [f"m = {sink * LOG2E!r}  # the sink", "l = 1.0"]
-    names = [*shares, *(x.name for x in logits), "out", "lse"]
-    strides = [s for x in logits for s in x.strides()]
-    sizes = ["heads", "sq"] if strides else []
+    end: tuple[str, ...] = ()
+    if softmax and spec.norm.safe and sink is None:
+        end = ("total = tl.where(l == 0.0, 1.0, l)  # a query that sees no key gets zeros",)
+    elif softmax:
+        end = cache.end
+    shares = ["acc", "l", "m"] if softmax else ["acc"]
+    tables = [x for x in cache.tensors if x[0] in " ".join(end)]
+    strides = [
+        *(f"{x}_{a}" for x, _, axes in tables for a in axes),
+        *(s for x in logits for s in x.strides()),
+    ]
+    passed = [*(f"*{n}.stride()" for _, n, _ in tables), *(s for x in logits for s in x.stride_values())]
+    sizes = ["heads", "sq", "splits"] if strides else ["splits"]
+    tail = [*(x.name for x in logits), "out", "lse"]
     return {
         "together": TOGETHER,
         "least_tiles": LEAST_TILES,
         "combine_start": start,
-        "combine_params": [*_lines([f"{x}_ptr" for x in names]), *_lines([*strides, *sizes, "splits"])],
-        "combine_sizes": ", ".join(f'"{x}"' for x in [*sizes, "splits"]),
-        "combine_args": [
-            *_lines(names),
-            *_lines([*(s for x in logits for s in x.stride_values()), *sizes, "splits"]),
+        "combine_end": end,
+        "combine_params": [
+            *_lines([f"{x}_ptr" for x in [*(x for x, _, _ in tables), *shares, *tail]]),
+            *_lines([*strides, *sizes]),
         ],
+        "combine_sizes": ", ".join(f'"{x}"' for x in sizes),
+        "combine_args": [*_lines([*(n for _, n, _ in tables), *shares, *tail]), *_lines([*passed, *sizes])],
     }
 
 

@@ -75,15 +75,24 @@ def draw(spec: AttentionSpec, b: int, hkv: int, sq: int, sk: int) -> list[torch.
     return out
 
 
+def executed(spec: AttentionSpec, q, k, v, captured) -> Result:
+    return spec(q, k, v, tuple(captured))
+
+
 def compare(
-    spec: AttentionSpec, sq: int, sk: int, call: Callable[..., Result] = run, batch: int = 1
+    spec: AttentionSpec,
+    sq: int,
+    sk: int,
+    call: Callable[..., Result] = run,
+    batch: int = 1,
+    oracle: Callable[..., Result] = executed,
 ) -> dict[str, object]:
-    """Return the error of ``call`` against the executed spec in fp64, as a share of its limit."""
+    """Return the error of ``call`` against the oracle in fp64, as a share of its limit."""
     q, k, v, *captured = draw(spec, batch, 1 if sq > 64 else 2, sq, sk)
     found = call(spec, q, k, v, captured)
     wide = [x.double() if x.is_floating_point() else x for x in captured]
-    want = spec(q.double(), k.double(), v.double(), tuple(wide))
-    return errors(spec, v, found, want, spec(q, k, v, tuple(captured)))
+    want = oracle(spec, q.double(), k.double(), v.double(), wide)
+    return errors(spec, v, found, want, oracle(spec, q, k, v, captured))
 
 
 def errors(
