@@ -16,7 +16,20 @@ from torch import Tensor
 from attnc import pointwise as P
 from attnc.codegen.calls import check, stack, work_dtype
 from attnc.duals import Dual, plus
-from attnc.ir import AttentionSpec, Bias, Elementwise, Gain, Pointwise, Scale, SignedSoftmax, Softcap, Step
+from attnc.ir import (
+    AttentionSpec,
+    Bias,
+    Elementwise,
+    Gain,
+    Normalized,
+    Pointwise,
+    RoundedSoftmax,
+    Scale,
+    SignedSoftmax,
+    Softcap,
+    Softmax,
+    Step,
+)
 from attnc.masks import Full, Grid
 
 
@@ -199,6 +212,13 @@ class _Point:
         if isinstance(norm, Elementwise):
             nothing = Dual(s.value.new_zeros(s.value.shape[:-1]))
             return P.push_forward(P.parse_term(norm.expr), {P.SCORE: s}), nothing
+        if isinstance(norm, Normalized):
+            f = P.push_forward(P.parse_term(norm.expr), {P.SCORE: s})
+            total, _ = _divisor(norm, f)
+            share = _inverse(total)
+            change = None if total.tangent is None else total.tangent * share.value
+            return f * share, Dual(total.value.log(), change).linear(lambda x: x[..., 0])
+        assert isinstance(norm, Softmax | SignedSoftmax | RoundedSoftmax), f"no tangent of {norm}"
         w, lse = norm.apply(s.value, self._values())
         mean = None if s.tangent is None else (w * s.tangent).sum(-1)
         moved = self.named[norm.sink].tangent if isinstance(norm.sink, str) else None
@@ -217,6 +237,12 @@ class _Point:
             found = P.pull_back_duals(P.parse_term(norm.expr), {P.SCORE: s}, dw)
             return self._passed(found.get(P.SCORE, Dual(torch.zeros_like(s.value))))
         row = row - (dw * w).linear(lambda x: x.sum(-1))
+        if isinstance(norm, Normalized):
+            term = P.parse_term(norm.expr)
+            total, fixed = _divisor(norm, P.push_forward(term, {P.SCORE: s}))
+            rows = row.linear(lambda x: x[..., None].masked_fill(fixed, 0.0).expand_as(dw.value))
+            found = P.pull_back_duals(term, {P.SCORE: s}, (dw + rows) * _inverse(total))
+            return self._passed(found.get(P.SCORE, Dual(torch.zeros_like(s.value))))
         if isinstance(norm.sink, str):
             sums[norm.sink] = (self._sink_share(lse) * row).linear(lambda x: x.sum((0, 2)))
         inner = dw.linear(lambda x: self._signed(s, x))
@@ -231,6 +257,19 @@ class _Point:
         moved = sink - lse
         share = torch.exp(moved.value)
         return Dual(share, None if moved.tangent is None else share * moved.tangent)
+
+
+def _divisor(norm: Normalized, f: Dual) -> tuple[Dual, Tensor]:
+    """Return what each row is divided by, ``[B, H, Sq, 1]``, and whether that is fixed."""
+    total = f.linear(lambda x: x.sum(-1, keepdim=True))
+    fixed = total.value + norm.added < norm.least
+    moved = None if total.tangent is None else total.tangent.masked_fill(fixed, 0.0)
+    return Dual((total.value + norm.added).clamp(min=norm.least), moved), fixed
+
+
+def _inverse(x: Dual) -> Dual:
+    y = 1 / x.value
+    return Dual(y, None if x.tangent is None else -x.tangent * y * y)
 
 
 def _pointwise(step: Step) -> Pointwise:
