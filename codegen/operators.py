@@ -74,15 +74,7 @@ class Operator:
 
     def register_autograd(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
         """Give it derivatives: ``kernel(below, *args)`` returns the results."""
-
-        def autograd(keyset: Any, *args: Any) -> Any:
-            def below(*args: Any) -> Any:
-                with torch._C._AutoDispatchBelowAutograd():
-                    return self._overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-            return kernel(below, *args)
-
-        _LIBRARY.impl(self._name, autograd, "Autograd", with_keyset=True)
+        _register(self._overload, kernel, "Autograd")
         return kernel
 
 
@@ -91,6 +83,23 @@ def operator(
 ) -> Callable[[Callable[..., Any]], Operator]:
     """Make the decorated function the operator ``attnc::name``, on one device or on every one."""
     return lambda function: Operator(name, schema, function, device)
+
+
+def differentiate(overload: Any, kernel: Callable[..., Any]) -> None:
+    """Give an operator of ``attnc`` that was made by other means these derivatives in place of its own."""
+    for key in ("AutogradCPU", "AutogradCUDA", "AutogradMeta"):  # they go before what has the key Autograd
+        _register(overload, kernel, key)
+
+
+def _register(overload: Any, kernel: Callable[..., Any], key: str) -> None:
+    def autograd(keyset: Any, *args: Any) -> Any:
+        def below(*args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+        return kernel(below, *args)
+
+    _LIBRARY.impl(overload._opname, autograd, key, with_keyset=True)
 
 
 def _select(args: Sequence[Any], dims: Any, at: int) -> list[Any]:

@@ -23,9 +23,11 @@ from attnc.ir import (
     Gain,
     Normalized,
     Pointwise,
+    RoundedSoftmax,
     Scale,
     SignedSoftmax,
     Softcap,
+    Softmax,
     Step,
 )
 from attnc.masks import Full, Grid
@@ -211,9 +213,12 @@ class _Point:
             nothing = Dual(s.value.new_zeros(s.value.shape[:-1]))
             return P.push_forward(P.parse_term(norm.expr), {P.SCORE: s}), nothing
         if isinstance(norm, Normalized):
-            f, total, fraction, _ = self._shares(s, norm)
-            moved = None if total.tangent is None else total.tangent * fraction.value[..., 0]
-            return f * fraction, Dual(total.value.log(), moved)
+            f = P.push_forward(P.parse_term(norm.expr), {P.SCORE: s})
+            total, _ = _divisor(norm, f)
+            share = _inverse(total)
+            change = None if total.tangent is None else total.tangent * share.value
+            return f * share, Dual(total.value.log(), change).linear(lambda x: x[..., 0])
+        assert isinstance(norm, Softmax | SignedSoftmax | RoundedSoftmax), f"no tangent of {norm}"
         w, lse = norm.apply(s.value, self._values())
         mean = None if s.tangent is None else (w * s.tangent).sum(-1)
         moved = self.named[norm.sink].tangent if isinstance(norm.sink, str) else None
@@ -233,25 +238,15 @@ class _Point:
             return self._passed(found.get(P.SCORE, Dual(torch.zeros_like(s.value))))
         row = row - (dw * w).linear(lambda x: x.sum(-1))
         if isinstance(norm, Normalized):
-            _, _, fraction, held = self._shares(s, norm)
-            row = row.linear(lambda x: x.masked_fill(held, 0.0)[..., None].expand_as(dw.value))
-            df = (dw + row) * fraction
-            return self._passed(P.pull_back_duals(P.parse_term(norm.expr), {P.SCORE: s}, df)[P.SCORE])
+            term = P.parse_term(norm.expr)
+            total, fixed = _divisor(norm, P.push_forward(term, {P.SCORE: s}))
+            rows = row.linear(lambda x: x[..., None].masked_fill(fixed, 0.0).expand_as(dw.value))
+            found = P.pull_back_duals(term, {P.SCORE: s}, (dw + rows) * _inverse(total))
+            return self._passed(found.get(P.SCORE, Dual(torch.zeros_like(s.value))))
         if isinstance(norm.sink, str):
             sums[norm.sink] = (self._sink_share(lse) * row).linear(lambda x: x.sum((0, 2)))
         inner = dw.linear(lambda x: self._signed(s, x))
         return self._passed(w * (inner + row.linear(lambda x: x[..., None].expand_as(dw.value))))
-
-    def _shares(self, s: Dual, norm: Normalized) -> tuple[Dual, Dual, Dual, Tensor]:
-        """Return the function, each row's divisor ``[B, H, Sq]``, one over it, and where a bound holds it."""
-        f = P.push_forward(P.parse_term(norm.expr), {P.SCORE: s})
-        total = f.linear(lambda x: x.sum(-1))
-        held = total.value + norm.added < norm.least
-        moved = None if total.tangent is None else total.tangent.masked_fill(held, 0.0)
-        divisor = Dual((total.value + norm.added).clamp(min=norm.least), moved)
-        one = divisor.value.reciprocal()
-        fraction = Dual(one, None if moved is None else -moved * one * one)
-        return f, divisor, fraction.linear(lambda x: x[..., None].expand_as(s.value)), held
 
     def _signed(self, s: Dual, x: Tensor) -> Tensor:
         return s.value.sign() * x if isinstance(self.spec.norm, SignedSoftmax) else x
@@ -262,6 +257,19 @@ class _Point:
         moved = sink - lse
         share = torch.exp(moved.value)
         return Dual(share, None if moved.tangent is None else share * moved.tangent)
+
+
+def _divisor(norm: Normalized, f: Dual) -> tuple[Dual, Tensor]:
+    """Return what each row is divided by, ``[B, H, Sq, 1]``, and whether that is fixed."""
+    total = f.linear(lambda x: x.sum(-1, keepdim=True))
+    fixed = total.value + norm.added < norm.least
+    moved = None if total.tangent is None else total.tangent.masked_fill(fixed, 0.0)
+    return Dual((total.value + norm.added).clamp(min=norm.least), moved), fixed
+
+
+def _inverse(x: Dual) -> Dual:
+    y = 1 / x.value
+    return Dual(y, None if x.tangent is None else -x.tangent * y * y)
 
 
 def _pointwise(step: Step) -> Pointwise:

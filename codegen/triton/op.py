@@ -12,7 +12,7 @@ architecture, and loads by pointers: tensor descriptors need addresses, which tr
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache
 from types import ModuleType
@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, fx
 
 from attnc import logs
+from attnc.codegen.forward_mode import attend_autograd
+from attnc.codegen.operators import Below, differentiate
 from attnc.codegen.ops import attend_vmap, execute
 from attnc.codegen.triton.configs import SHARED_LIMIT
 from attnc.codegen.triton.emit import can_run, emit, kind_of, spec_of
@@ -44,8 +46,8 @@ def triton_op_for(spec: AttentionSpec, arch: str | None = None) -> Operator:
     """Return the operator of a spec's kernel: ``(q, k, v, *captured) -> (out, lse)``, layouts as ``attend``.
 
     It is registered once per kernel and architecture.  ``arch`` (``sm_90``) is what traced launches are
-    written for; None asks the GPU of the tensors, and there has to be one.  Gradients are those of
-    ``attend``, and so are calls under ``torch.vmap``.
+    written for; None asks the GPU of the tensors, and there has to be one.  Derivatives
+    are those of ``attend``, and so are calls under ``torch.vmap``.
 
     Raises:
         UnsupportedError: no kernel can serve the spec.
@@ -124,7 +126,7 @@ def _registered(kernel: Kernel, arch: str | None) -> Operator:
     name = f"attnc::attend_{kernel.key}{f'_{arch}' if arch else ''}"
     operator: Any = triton_op(name, run, mutates_args=())
     operator.register_fake(_fake_of(spec))
-    operator.register_autograd(_gradient(str(spec)), setup_context=_save)
+    differentiate(operator._opoverload, _derivatives(str(spec)))
     operator.register_vmap(_mapped(str(spec)))
     return operator  # type: ignore[no-any-return]
 
@@ -147,21 +149,18 @@ def _fake_of(spec: AttentionSpec) -> Operator:
     return fake
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, *inputs)
+def _derivatives(text: str) -> Operator:
+    """Return what Autograd calls in place of an operator: derivatives are those of ``attend``."""
 
+    def autograd(below: Below, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v, *captured = tensors
 
-def _gradient(text: str) -> Callable[..., tuple[Tensor | None, ...]]:
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        out, lse, q, k, v, *captured = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad)
-        if dout is None and dlse is None:
-            return (None,) * len(needs)
-        found = iter(torch.ops.attnc.attend_backward(dout, dlse, q, k, v, captured, out, lse, text, needs))
-        return tuple(next(found) if need else None for need in needs)
+        def run(q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], spec: str) -> Any:
+            return below(q, k, v, *captured)
 
-    return backward
+        return attend_autograd(run, q, k, v, captured, text)
+
+    return autograd
 
 
 def _mapped(text: str) -> Callable[..., tuple[tuple[Tensor, Tensor], tuple[int, int]]]:

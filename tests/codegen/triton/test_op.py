@@ -199,6 +199,21 @@ def test_gradients_and_vmap_are_those_of_attend(corpus) -> None:
         assert torch.equal(got, want)
 
 
+def test_tangents_are_those_of_attend(corpus) -> None:
+    spec = canonical(corpus["left_padded"])
+    operator = triton_op_for(spec, "sm_90")
+    q, k, v, *captured = draw(spec, SIZES, "cpu")
+    results = []
+    for call in (
+        lambda q: operator(q, k, v, *captured),
+        lambda q: torch.ops.attnc.attend(q, k, v, captured, str(spec)),
+    ):
+        gradient = torch.func.grad(lambda q, f=call: torch.func.jvp(lambda q: f(q)[1].sum(), (q,), (q,))[1])
+        results.append((torch.func.jvp(call, (q,), (q,)), gradient(q)))
+    torch.testing.assert_close(results[0], results[1], equal_nan=True)
+    assert results[0][0][1][0].abs().sum() > 0
+
+
 def test_a_gradient_is_computed_only_where_it_is_asked_for(corpus) -> None:
     q, k, v, *captured = draw(canonical(corpus["biases"]), Lengths(1, 1, 5, 7), "cpu")
     out, _ = triton_op_for(corpus["biases"])(q, k.requires_grad_(), v, *captured)
