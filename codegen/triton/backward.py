@@ -114,6 +114,18 @@ def _optional(*names: str) -> list[str]:
     return [_row(*names)] if names else []
 
 
+def _queries(spec: AttentionSpec, inputs: list[Input]) -> tiles.View:
+    """Return how a tile of keys looks at queries.
+
+    A key past the end is in nobody's way unless captured tensors are read there.  A query past the end is a
+    row of zeros, whose score an expression could make infinite.
+    """
+    loads_keys = any(x.per_tile for x in inputs)
+    strange = isinstance(spec.norm, Elementwise) or any(isinstance(s, Pointwise) for s in spec.scores)
+    view = tiles.QUERIES if loads_keys else replace(tiles.QUERIES, whole="")
+    return replace(view, runs_over=not strange)
+
+
 class _Backward:
     """What the holes of one spec share."""
 
@@ -129,8 +141,7 @@ class _Backward:
             ["top", *(["share"] if self.low.refine is not None else []), "delta"] if self.weighs else []
         )
         self.found = captured_grads(spec, self.inputs)
-        loads_keys = any(x.per_tile for x in self.pair_inputs)
-        self.queries = tiles.QUERIES if loads_keys else replace(tiles.QUERIES, whole=tiles.EVERYTHING)
+        self.queries = _queries(spec, self.pair_inputs)
 
     def of_kind(self, kind: str) -> list[Grad]:
         return [g for g in self.found if g.kind == kind]
@@ -226,12 +237,13 @@ class _Backward:
             *self.captured_terms(),
             "sq, sk,",
         ]
+        strides = [s for x in self.pair_inputs for s in x.strides()]
         across = [
-            _row(*self.names("k", k), *self.names("v", v), "first", "n"),
-            _row(*self.names("q", k, "_at"), "q_m", "q_d", *self.names("dout", v, "_at"), "dout_m", "dout_e"),
-            *_optional(*(f"{x}_at" for x in self.stats)),
-            *self.captured_terms(),
-            "sq, sk,",
+            _row(*self.names("k", k), *self.names("v", v), "b", "h", "first", "n"),
+            _row("q_ptr", *_strides("q"), "dout_ptr", *_strides("dout")),
+            *_optional(*(f"{x}_ptr" for x in (*(x.name for x in self.pair_inputs), *self.stats))),
+            *_optional(*strides),
+            "heads, sq, sk,",
         ]
         rows = [f"d_{g.x.name}_sum" for g in self.of_kind("rows")]
         columns = [f"d_{g.x.name}_sum" for g in self.of_kind("columns")]
@@ -266,7 +278,8 @@ class _Backward:
         def add_queries(masked: bool) -> list[str]:
             return _call(made["dkv_state"], "_add_queries", made["_add_queries"], masked)
 
-        spread = self.low.spread
+        spread, group = self.low.spread, self.spec.group_size
+        ranges = tiles.stretched(mask, visited, self.queries)
         missed = tiles.missed(mask, visited, self.queries)
         seen = [f"((n < {hi}) & (n + BLOCK_N > {lo}))" for lo, hi in (("lo", "hi"), ("lo_1", "hi_1"))]
         seen = seen[: len(tiles.spans(mask, fill))]
@@ -277,19 +290,37 @@ class _Backward:
             "dq_loops": tiles.loops(mask, fill, add_keys),
             "dq_spread": spread is not None and not stops,
             "dq_everything": tiles.loop("0", "sk", add_keys(True), "tl.range({}, {}, {}, num_stages=1)"),
-            "dkdv_bounds": tiles.bounds(mask, visited, self.queries),
-            "dkdv_runs": tiles.runs(mask, visited, add_queries, self.queries),
+            "dkdv_bounds": [x for lines, _ in ranges for x in lines],
+            "dkdv_runs": [x for _, parts in ranges for p in parts for x in self._run(*p, add_queries(p[2]))],
             "dkdv_spread": spread is not None,
+            "by_head": group > 1 and bool(self.of_kind("columns")),
             "dkdv_visit": add_queries(True),
             "missed": f"{missed} & " if missed else "",
             "spread": "" if spread is None else _number(spread),
             "base2": self.frame["base2"] or self.frame["extreme"],
             "tile": _turn(tiles.grows(mask)),
             "keys_tile": _turn(tiles.grows(mask, self.queries)),
-            "pair_bounds": [] if everything else tiles.bounds(mask, fill),
+            "pair_bounds": []
+            if everything
+            else [x for lines, _ in tiles.stretched(mask, fill) for x in lines],
             "pair_seen": "" if everything else " | ".join(seen) or "False",
             **self._refined(),
         }
+
+    def _run(self, begin: str, end: str, masked: bool, body: list[str]) -> list[str]:
+        """Return a loop over tiles of queries; where nothing is kept per head, one loop over all heads."""
+        group = self.spec.group_size
+        if group == 1 or self.of_kind("columns"):
+            return tiles.loop(begin, end, body, view=self.queries)
+        span = end if begin == "0" else f"{end} - {begin}"
+        first = "turn % count * BLOCK_M"
+        return [
+            f"count = tl.cdiv(tl.maximum({span}, 0), BLOCK_M)",
+            f"for turn in range(0, count * {group}):",
+            f"    h = kv_head * {group} + turn // count",
+            f"    first = {begin} + {first}",
+            *(f"    {line}" for line in body),
+        ]
 
     def _refined(self) -> dict[str, Any]:
         """Return how the kernel over rows weighs a row of very low scores again."""
@@ -331,7 +362,7 @@ class _Backward:
     def _call(self, strided: list[str], packed: list[str], inputs: Any, *counts: str) -> Call:
         """Return a kernel's parameters; ``packed`` tensors are contiguous."""
         names = [*strided, *(x.name for x in inputs), *packed]
-        strides = {t: [f"{t}_{a}" for a in _AXES[t]] for t in strided}
+        strides = {t: _strides(t) for t in strided}
         more = [_row(*x.stride_values()) for x in inputs if x.axes]
         return Call(
             params=[
@@ -421,6 +452,10 @@ def _number(x: float) -> str:
 def _base(x: Input) -> str:
     """Return the address of an input's first element for a batch entry and a head."""
     return " + ".join([f"{x.name}_ptr", *(f"{a} * {x.name}_{a}" for a in x.axes if a in "bh")])
+
+
+def _strides(tensor: str) -> list[str]:
+    return [f"{tensor}_{a}" for a in _AXES[tensor]]
 
 
 def _pair_strides(x: Input) -> list[str]:

@@ -12,7 +12,7 @@ asked; in the comments below, tiles are of queries and loops run over keys.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,7 +62,8 @@ class View:
 
     ``first`` and ``last`` are the ends of the given tile; ``axis`` is that of the loop, ``at`` the loop's
     variable, ``step`` its tile, ``size`` its length, and ``shift`` what the alignment at the end adds.
-    ``whole`` holds where tiles can do without a mask, as far as the given tile is concerned.
+    ``whole`` is a condition on the given tile without which its loop needs the mask, '' for none, and
+    ``runs_over`` says that a tile past the end of the loop needs none.
     """
 
     axis: Literal["q", "k"]
@@ -73,7 +74,8 @@ class View:
     size: str
     shift: str
     title: str
-    whole: Interval = EVERYTHING
+    whole: str = ""
+    runs_over: bool = False
 
 
 KEYS = View(
@@ -96,9 +98,10 @@ QUERIES = View(
     size="sq",
     shift="sq - sk",
     title="# The queries {lo} .. {hi} may see some key of this tile{full}.|; {lo} .. {hi} see all of them",
-    whole=Interval((), ("tl.where(n + BLOCK_N <= sk, sq, 0)",)),
+    whole="n + BLOCK_N <= sk",
+    runs_over=True,
 )
-"""Queries that see some key of ``n .. n_last``."""
+"""Queries that see some key of ``n .. n_last``; those past the end are zeros, which weigh nothing."""
 
 
 def _merge(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[str, ...]:
@@ -216,7 +219,7 @@ def spans(mask: Mask, fill: Fill, view: View = KEYS) -> tuple[Span, ...]:
     Everything is visited where a hidden key may weigh something next to a visible one.
     """
     found = outer(mask, view) if may_skip(fill) else (EVERYTHING,)
-    full = tuple(x & view.whole for x in inner(mask, view))
+    full = inner(mask, view)
     early = tuple(x for x in found if not x.los)
     late = tuple(x for x in found if x.los)
     if not found:
@@ -279,21 +282,34 @@ def floor(mask: Mask, fill: Fill) -> float | None:
 
 Call = Callable[[bool], list[str]]
 """Given whether the tile needs the mask, the lines that add it to the running softmax."""
+Stretch = tuple[str, str, bool]
+"""Where a loop begins and ends, and whether its tiles need the mask."""
 
 
 def loops(mask: Mask, fill: Fill, call: Call, view: View = KEYS) -> list[str]:
     """Return the lines that visit the keys of a tile: bounds, then one loop for each part of each span."""
-    return [line for part in _parts(mask, fill, call, view) for lines in part for line in lines]
+    lines: list[str] = []
+    for bounds, stretches in stretched(mask, fill, view):
+        lines += bounds
+        for begin, end, masked in stretches:
+            lines += loop(begin, end, call(masked), view=view)
+    return lines
 
 
-def bounds(mask: Mask, fill: Fill, view: View = KEYS) -> list[str]:
-    """Return the lines of ``loops`` that name the bounds, without the loops."""
-    return [line for found, _ in _parts(mask, fill, lambda _: [], view) for line in found]
+def loop(
+    begin: str, end: str, body: list[str], steps: str = "range({}, {}, {})", view: View = KEYS
+) -> list[str]:
+    """Return a loop over tiles of keys."""
+    return [f"for {view.at} in {steps.format(begin, end, view.step)}:", *(f"    {line}" for line in body)]
 
 
-def runs(mask: Mask, fill: Fill, call: Call, view: View = KEYS) -> list[str]:
-    """Return the lines of ``loops`` that come after the bounds."""
-    return [line for _, found in _parts(mask, fill, call, view) for line in found]
+def stretched(mask: Mask, fill: Fill, view: View = KEYS) -> list[tuple[list[str], list[Stretch]]]:
+    """Return for each span the lines that name its bounds, and the parts of it: one loop each."""
+    found = spans(mask, fill, view)
+    return [
+        _parts(span, view, tag=f"_{at}" if at else "", previous="hi" if at else None)
+        for at, span in enumerate(found)
+    ]
 
 
 def missed(mask: Mask, fill: Fill, view: View = KEYS) -> str:
@@ -301,20 +317,6 @@ def missed(mask: Mask, fill: Fill, view: View = KEYS) -> str:
     count = len(spans(mask, fill, view))
     ends = ((f"lo{tag}", f"hi{tag}") for tag in ("", "_1")[:count])
     return " & ".join(f"(({view.at} < {lo}) | ({view.at} >= {hi}))" for lo, hi in ends)
-
-
-def _parts(mask: Mask, fill: Fill, call: Call, view: View) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield the bounds of each span, and its loops."""
-    for at, span in enumerate(spans(mask, fill, view)):
-        yield _span_lines(span, call, view, tag=f"_{at}" if at else "", previous="hi" if at else None)
-
-
-def loop(
-    begin: str, end: str, body: list[str], steps: str = "range({}, {}, {})", view: View = KEYS
-) -> list[str]:
-    """Return a loop over tiles of keys."""
-    over = steps.format(begin, end, view.step)
-    return [f"for {view.at} in {over}:", *(f"    {line}" for line in body)]
 
 
 def _ends(span: Span, view: View, *, tag: str, previous: str | None) -> list[str]:
@@ -326,25 +328,30 @@ def _ends(span: Span, view: View, *, tag: str, previous: str | None) -> list[str
     return [f"lo{tag} = {begin}", f"hi{tag} = {fold('tl.minimum', (*span.outer.his, view.size))}"]
 
 
-def _span_lines(
-    span: Span, call: Call, view: View, *, tag: str, previous: str | None
-) -> tuple[list[str], list[str]]:
+def _parts(span: Span, view: View, *, tag: str, previous: str | None) -> tuple[list[str], list[Stretch]]:
     lo, hi, full_lo, full_hi = (f"{name}{tag}" for name in ("lo", "hi", "full_lo", "full_hi"))
     step, (title, middle) = view.step, view.title.split("|")
-    ends = _ends(span, view, tag=tag, previous=previous)
+    lines = _ends(span, view, tag=tag, previous=previous)
     if span.inner is None:
-        return [title.format(lo=lo, hi=hi, full=""), *ends], loop(lo, hi, call(True), view=view)
+        return [title.format(lo=lo, hi=hi, full=""), *lines], [(lo, hi, True)]
+    start = lo
     if span.inner.los:
-        ends.append(f"{full_lo} = tl.cdiv({fold('tl.maximum', span.inner.los)}, {step}) * {step}")
-        ends.append(f"{full_lo} = tl.maximum(tl.minimum({full_lo}, tl.cdiv({hi}, {step}) * {step}), {lo})")
-    else:
-        full_lo = lo
+        lines.append(f"{full_lo} = tl.cdiv({fold('tl.maximum', span.inner.los)}, {step}) * {step}")
+        lines.append(f"{full_lo} = tl.maximum(tl.minimum({full_lo}, tl.cdiv({hi}, {step}) * {step}), {lo})")
+        start = full_lo
+    if view.whole:
+        lines.append(f"{full_lo} = tl.where({view.whole}, {start}, tl.cdiv({hi}, {step}) * {step})")
+        start = full_lo
+    stretches = [(lo, start, True)] if start != lo else []
+    if view.runs_over and not span.inner.his:
+        stretches.append((start, hi, False))
+        full = middle.format(lo=start, hi=hi)
+        return [title.format(lo=lo, hi=hi, full=full), *lines], stretches
     end = fold("tl.minimum", (*span.inner.his, hi))
-    ends.append(f"{full_hi} = tl.maximum({end} // {step} * {step}, {full_lo})")
-    found = loop(lo, full_lo, call(True), view=view) if span.inner.los else []
-    found += loop(full_lo, full_hi, call(False), view=view) + loop(full_hi, hi, call(True), view=view)
-    full = middle.format(lo=full_lo, hi=full_hi)
-    return [title.format(lo=lo, hi=hi, full=full), *ends], found
+    lines.append(f"{full_hi} = tl.maximum({end} // {step} * {step}, {start})")
+    stretches += [(start, full_hi, False), (full_hi, hi, True)]
+    full = middle.format(lo=start, hi=full_hi)
+    return [title.format(lo=lo, hi=hi, full=full), *lines], stretches
 
 
 def shares(mask: Mask, fill: Fill) -> tuple[list[str], list[str]]:
