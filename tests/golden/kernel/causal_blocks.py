@@ -432,6 +432,5 @@ def main():
     return 0 if passed else 1
 
 
-
 if __name__ == "__main__":
     sys.exit(main())

@@ -378,7 +378,8 @@ def _check(case, device):
     """Run one case; return its report and whether it passed.
 
     The kernel may be off by twice as much as plain torch in fp32 with weights rounded to the dtype, plus two rounding
-    units of the largest value in v (four of its own size for lse, which base 2 adds to).
+    units of the largest value in v (four of its own size for lse, which base 2 adds to). A row that fp32 cannot hold,
+    such as one of fills on top of fills, is what plain torch makes of it.
     """
     inputs = _paged_sample(case, device)
     q, v = inputs[0], inputs[2].nan_to_num(0.0)
@@ -393,8 +394,8 @@ def _check(case, device):
     own, own_lse = (torch.where(usual, torch.where(usual, x, 0.0).max(), x) for x in (own, own_lse))
     limit = 2 * own + 2 * torch.finfo(DTYPE).eps * v.abs().max()
     lse_limit = 2 * own_lse + 4 * torch.finfo(torch.float32).eps * (1 + want_lse.abs())
-    wrong = _wrong((out - want).abs().amax(-1), limit, want.isnan().any(-1) == out.isnan().any(-1))
-    wrong += _wrong((lse - want_lse).abs(), lse_limit, want_lse == lse)
+    wrong = _wrong((out - want).abs().amax(-1), limit, plain.isnan().any(-1) == out.isnan().any(-1))
+    wrong += _wrong((lse - want_lse).abs(), lse_limit, (plain_lse == lse) | (plain_lse.isnan() & lse.isnan()))
     stray = sum(int((x[:128] != GUARD).sum() + (x[-128:] != GUARD).sum()) for x in (out_room, lse_room))
     error = (out - want).abs().nan_to_num(0.0).max().item()
     shapes = f"q {list(q.shape)}, k {list(inputs[1].shape)}"
