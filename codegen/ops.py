@@ -5,21 +5,34 @@ are those of ``attnc.ir``: q ``[B, H, Sq, Dqk]``, k ``[B, Hkv, Sk, Dqk]``, v ``[
 ``[B, H, Sq, Dv]`` in q's dtype, lse ``[B, H, Sq]`` (natural log; fp64 for fp64 inputs, else fp32).  The spec
 executed is the implementation everywhere; on CUDA the emitted Triton kernel takes its place where it can run.
 
-Forward-mode derivatives (``torch.func.jvp``) and ``torch.func.grad`` do not pass through a custom operator:
-PyTorch returns zeros for the first and raises for the second.  ``execute`` is the same function in
-differentiable torch.
+Derivatives in reverse and in forward mode, and of one in the other: ``attnc.codegen.forward_mode``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnc.codegen.calls import check, stack, work_dtype
+from attnc.codegen.forward_mode import attend_autograd, attend_backward_autograd
+from attnc.codegen.operators import operator
 from attnc.errors import UnsupportedError
-from attnc.ir import AttentionSpec, Bias, Gain, Pointwise, Scale, Softcap, Softmax, Step
+from attnc.ir import (
+    AttentionSpec,
+    Bias,
+    Elementwise,
+    Gain,
+    Normalized,
+    Pointwise,
+    Scale,
+    Softcap,
+    Softmax,
+    Step,
+)
 from attnc.masks import Full, Grid
 from attnc.pointwise import SCORE
 from attnc.printer import parse
@@ -32,35 +45,41 @@ _BACKWARD = (
 
 
 def execute(
-    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor] = ()
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor] = (),
+    listed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run ``spec`` in plain torch as ``spec(...)`` does, but never expand grouped keys and values.
+
+    ``listed``, bool, broadcasts to ``[B, H, Sq, Sk]``: pairs that are not in it add nothing, whatever the
+    spec's fill; a query without any is one that sees no key.
 
     Raises:
         UnsupportedError: the spec has dropout, for which the operator has no seed.
         ValueError: head counts or the number of captured tensors are not the spec's.
     """
-    _check(spec, q, k, v, captured)
+    check(spec, q, k, v, captured)
     named = {o.name: t for o, t in zip(spec.captured, captured, strict=True)}
     states, _ = _scores(spec, q, k, named)
-    weights, lse = spec.norm.apply(states[-1], named)
-    out = _stack(weights, k) @ v.to(weights.dtype)
+    if listed is None:
+        weights, lse = spec.norm.apply(states[-1], named)
+    elif isinstance(spec.norm, Elementwise | Normalized):  # their functions need not vanish at -inf
+        weights, lse = spec.norm.apply(states[-1], named, listed)
+    else:
+        weights, lse = spec.norm.apply(states[-1].masked_fill(~listed, -math.inf), named)
+    out = stack(weights, k) @ v.to(weights.dtype)
     return out.view(*q.shape[:3], v.shape[3]).to(q.dtype), lse.contiguous()
-
-
-def _stack(x: Tensor, k: Tensor) -> Tensor:
-    """Stack the query heads of each key/value head along the queries: ``[B, Hkv, group * Sq, D]``."""
-    b, h, sq, d = x.shape
-    hkv = k.shape[1]
-    return x.reshape(b, hkv, h // hkv * sq, d)
 
 
 def _scores(
     spec: AttentionSpec, q: Tensor, k: Tensor, named: dict[str, Tensor]
 ) -> tuple[list[Tensor], Tensor | None]:
     """Return the scores ``[B, H, Sq, Sk]`` before the first step, after each, and filled; and the kept."""
-    work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    s = _stack(q.to(work), k) @ k.to(work).transpose(-2, -1)
+    work = work_dtype(q)
+    s = stack(q.to(work), k) @ k.to(work).transpose(-2, -1)
     states = [s.view(*q.shape[:3], k.shape[2])]
     for step in spec.scores:
         states.append(step.apply(states[-1], named))
@@ -70,26 +89,7 @@ def _scores(
     return [*states, spec.fill.apply(states[-1], keep)], keep
 
 
-def _check(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor]) -> None:
-    """Raise if a call does not fit the spec; sizes may differ from the traced ones, head counts may not."""
-    if spec.dropout:
-        raise UnsupportedError(
-            f"attnc::attend has no seed yet: expected dropout 0, found {spec.dropout} in {spec}"
-        )
-    if len(captured) != len(spec.captured):
-        raise ValueError(f"{spec}: expected {len(spec.captured)} captured tensors, found {len(captured)}")
-    if q.shape[1] != k.shape[1] * spec.group_size or v.shape[1] != k.shape[1]:
-        raise ValueError(
-            f"attnc::attend: expected q [B, {spec.group_size} * Hkv, Sq, Dqk], k [B, Hkv, Sk, Dqk] and"
-            f" v [B, Hkv, Sk, Dv], found q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-        )
-
-
-def _lse_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-@torch.library.custom_op("attnc::attend", mutates_args=(), schema=_FORWARD)
+@operator("attend", _FORWARD)
 def attend(q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], spec: str) -> tuple[Tensor, Tensor]:
     """Run the spec with this text; see the module for layouts and results."""
     return execute(parse(spec), q, k, v, captured)
@@ -100,10 +100,10 @@ def _attend_fake(
     q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], spec: str
 ) -> tuple[Tensor, Tensor]:
     b, h, sq, _ = q.shape
-    return q.new_empty((b, h, sq, v.shape[3])), q.new_empty((b, h, sq), dtype=_lse_dtype(q))
+    return q.new_empty((b, h, sq, v.shape[3])), q.new_empty((b, h, sq), dtype=work_dtype(q))
 
 
-@torch.library.custom_op("attnc::attend_backward", mutates_args=(), schema=_BACKWARD)
+@operator("attend_backward", _BACKWARD)
 def attend_backward(
     dout: Tensor | None,
     dlse: Tensor | None,
@@ -160,7 +160,7 @@ def _gradients(
     dlse: Tensor | None,
 ) -> list[Tensor]:
     """Return the gradients of q, k, v and the captured tensors (zeros for masks), in working precision."""
-    _check(spec, q, k, v, captured)
+    check(spec, q, k, v, captured)
     named = {o.name: t for o, t in zip(spec.captured, captured, strict=True)}
     states, keep = _scores(spec, q, k, named)
     weights, lse = spec.norm.apply(states[-1], named)
@@ -170,7 +170,7 @@ def _gradients(
         if dout is None
         else dout.to(work)
     )
-    dw = (_stack(dy, k) @ v.to(work).transpose(-2, -1)).view_as(weights)
+    dw = (stack(dy, k) @ v.to(work).transpose(-2, -1)).view_as(weights)
     sums = {name: torch.zeros_like(t, dtype=work) for name, t in named.items()}
     if isinstance(spec.norm, Softmax):
         row = -(dw * weights).sum(-1) if dlse is None else dlse.to(work) - (dw * weights).sum(-1)
@@ -184,10 +184,10 @@ def _gradients(
         ds = ds.masked_fill(~keep, 0.0)
     for step, before in zip(reversed(spec.scores), reversed(states[:-2]), strict=True):
         ds = _pull_back(step, before, ds, named, sums)
-    ds = _stack(ds, k)
+    ds = stack(ds, k)
     dq = (ds @ k.to(work)).view_as(q)
-    dk = ds.transpose(-2, -1) @ _stack(q.to(work), k)
-    dv = _stack(weights, k).transpose(-2, -1) @ _stack(dy, k)
+    dk = ds.transpose(-2, -1) @ stack(q.to(work), k)
+    dv = stack(weights, k).transpose(-2, -1) @ stack(dy, k)
     return [dq, dk, dv, *sums.values()]
 
 
@@ -235,33 +235,14 @@ def _backward_fake(
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x, need in pairs if need]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, captured, spec = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, *captured)
-    ctx.spec = spec
+attend.register_autograd(attend_autograd)
+attend_backward.register_autograd(attend_backward_autograd)
 
 
-def _autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, out, lse, *captured = ctx.saved_tensors
-    wants_captured = ctx.needs_input_grad[3]
-    flags = wants_captured if isinstance(wants_captured, (list, tuple)) else [wants_captured] * len(captured)
-    needs = [*ctx.needs_input_grad[:3], *flags]
-    if dout is None and dlse is None:
-        return None, None, None, [None] * len(captured), None
-    found = iter(torch.ops.attnc.attend_backward(dout, dlse, q, k, v, captured, out, lse, ctx.spec, needs))
-    grads = [next(found) if need else None for need in needs]
-    return grads[0], grads[1], grads[2], grads[3:], None
-
-
-attend.register_autograd(_autograd, setup_context=_setup_context)
-
-
-@attend.register_vmap
-def _attend_vmap(
+def attend_vmap(
     info: Any, in_dims: tuple[Any, ...], *args: Any
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    """Fold the mapped dimension into the batch where every tensor has one, else call once per element."""
+    """Map ``attend``: fold the dimension into the batch where every tensor has one, else call per element."""
     q, k, v, captured, text = args
     n, spec = info.batch_size, parse(text)
     dims = _flat_dims(in_dims, len(captured))
@@ -275,6 +256,9 @@ def _attend_vmap(
     ]
     out, lse = torch.ops.attnc.attend(*folded, rest, text)
     return (out.unflatten(0, (n, batch)), lse.unflatten(0, (n, batch))), (0, 0)
+
+
+attend.register_vmap(attend_vmap)
 
 
 def _flat_dims(in_dims: tuple[Any, ...], count: int) -> list[int | None]:
@@ -299,17 +283,7 @@ def _attend_loop(
     return (torch.stack([o for o, _ in results]), torch.stack([s for _, s in results])), (0, 0)
 
 
-@attend_backward.register_vmap
-def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
-    """Call once per element: batched gradients (``is_grads_batched``) are for Jacobians, not for speed."""
-    *given, captured, out, lse, spec, needs = args
-    captured_dims = in_dims[5] if isinstance(in_dims[5], (list, tuple)) else [in_dims[5]] * len(captured)
-    tensors, dims = [*given, out, lse, *captured], [*in_dims[:5], *in_dims[6:8], *captured_dims]
-    rows = []
-    for i in range(info.batch_size):
-        one = [x if d is None or x is None else x.select(d, i) for x, d in zip(tensors, dims, strict=True)]
-        rows.append(torch.ops.attnc.attend_backward(*one[:5], one[7:], *one[5:7], spec, needs))
-    return [torch.stack(column) for column in zip(*rows, strict=True)], [0] * len(rows[0])
+attend_backward.register_vmap_loop()
 
 
 @attend.register_kernel("cuda")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -235,30 +235,25 @@ def _with_fixed_values(fast: nn.Module, state: Session) -> tuple[nn.Module, list
 
 
 def emit(
-    model: nn.Module | str | os.PathLike[str], directory: str | os.PathLike[str], *, force: bool = False
+    model: nn.Module | str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    *,
+    kinds: Sequence[str] = ("forward",),
+    force: bool = False,
 ) -> list[Kernel]:
     """Write one readable, self-contained Triton file per distinct kernel of ``model``'s sites; return them.
+
+    ``kinds``: ``forward``, ``backward``, ``decode``, ..; all are in ``attnc.codegen.triton.kinds.KINDS``.
 
     Raises:
         UnsupportedError: no site can be emitted.
         CheckpointError: the directory exists and ``force`` is not given, or cannot be written.
     """
-    from attnc.codegen.triton import emit_all
-    from attnc.files import write_directory
+    from attnc.kernel_files import write_kernels
 
-    fast = (
-        model
-        if isinstance(model, nn.Module) and "_attnc" in model.__dict__
-        else optimize(model, cost_model=False)
-    )
-    sites = session(fast).report.sites
-    missed = [f"{s.id}: {s.reason}" for s in sites if s.status == "missed"]
-    specs = [s.details.get("at_example", s.spec) for s in sites if s.spec and s.status != "missed"]
-    kernels: list[Kernel] = emit_all(specs, missed)
-    with write_directory(Path(directory), force=force) as folder:
-        for k in kernels:
-            (folder / f"{k.name}.py").write_text(k.source)
-    return kernels
+    has_sites = isinstance(model, nn.Module) and "_attnc" in model.__dict__
+    fast: Any = model if has_sites else optimize(model, cost_model=False)
+    return write_kernels(session(fast).report.sites, Path(directory), kinds, force=force)
 
 
 def dynamo_rewriter(**options: Any) -> Callable[[Captured], bool]:

@@ -205,6 +205,9 @@ def emit(
     report: Annotated[
         bool, typer.Option("--report", help="Compile each kernel; show registers and memory.")
     ] = False,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="forward (the default), backward, decode, ..; may be repeated.")
+    ] = None,
     tune: Annotated[
         int | None, typer.Option(min=1, metavar="TOKENS", help="Measure tiles on this GPU for this length.")
     ] = None,
@@ -216,7 +219,7 @@ def emit(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Write one readable, self-contained kernel file per site."""
+    """Write one readable, self-contained file per different kernel."""
     from attnc import cli_work as work
 
     screen = Screen(as_json)
@@ -227,7 +230,7 @@ def emit(
     with screen.working("emit") as progress:
         fast = work.ready(model, attn, (batch, length), forms, progress)
         progress("write kernels")
-        kernels = work.emit_kernels(fast, output, force=force, tune=tune)
+        kernels = work.emit_kernels(fast, output, kind or ["forward"], force=force, tune=tune)
         figures = work.kernel_figures(kernels, progress) if report else []
     screen.table(("kernel", "key"), [(k.name, k.key) for k in kernels])
     if figures:

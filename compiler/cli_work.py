@@ -433,7 +433,9 @@ def check_tuning() -> None:
     check_gpu()
 
 
-def emit_kernels(fast: nn.Module, output: Path, *, force: bool, tune: int | None = None) -> list[Kernel]:
+def emit_kernels(
+    fast: nn.Module, output: Path, kinds: Sequence[str], *, force: bool, tune: int | None = None
+) -> list[Kernel]:
     """Write the kernels of a model into a folder, with tiles measured here for ``tune`` tokens if given.
 
     Raises:
@@ -442,7 +444,7 @@ def emit_kernels(fast: nn.Module, output: Path, *, force: bool, tune: int | None
     from attnc.api import emit
     from attnc.files import write_directory
 
-    kernels: list[Kernel] = emit(fast, output, force=force)
+    kernels: list[Kernel] = emit(fast, output, kinds=kinds, force=force)
     if tune is not None:
         from attnc.codegen.triton.tune import tuned
 

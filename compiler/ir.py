@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from attnc.masks import FULL, Full, Grid, Mask
-from attnc.norms import SOFTMAX, Elementwise, Normalizer, RoundedSoftmax, SignedSoftmax, Softmax
+from attnc.norms import SOFTMAX, Elementwise, Normalized, Normalizer, RoundedSoftmax, SignedSoftmax, Softmax
 from attnc.steps import HIDE, Bias, Fill, Gain, Pointwise, Scale, ScoreMod, Softcap, Step
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Kernel",
     "Match",
     "Miss",
+    "Normalized",
     "Normalizer",
     "Operand",
     "Plan",

@@ -164,10 +164,17 @@ class Elementwise:
         return float(P.evaluate(P.parse_term(self.expr), {P.SCORE: s}))
 
     def apply(
-        self, scores: torch.Tensor, captured: Mapping[str, torch.Tensor]
+        self,
+        scores: torch.Tensor,
+        captured: Mapping[str, torch.Tensor],
+        listed: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the weights ``[B, H, Sq, Sk]`` and zeros ``[B, H, Sq]``: no row is divided by its sum."""
+        """Return the weights ``[B, H, Sq, Sk]`` and zeros ``[B, H, Sq]``: no row is divided by its sum.
+
+        ``listed``, bool, broadcasts to the scores: weights are zero where it is False.
+        """
         weights = P.evaluate(P.parse_term(self.expr), {P.SCORE: scores})
+        weights = weights if listed is None else weights.masked_fill(~listed, 0.0)
         return weights, scores.new_zeros(scores.shape[:-1])
 
     def pull_back(
@@ -180,6 +187,71 @@ class Elementwise:
         return f"elementwise({self.expr})"
 
 
-Normalizer = Softmax | SignedSoftmax | RoundedSoftmax | Elementwise
+@dataclass(frozen=True, slots=True)
+class Normalized:
+    """Weigh by a function of each score, divided by the row's sum, ``f(s) / max(sum f(s) + added, least)``.
+
+    ``expr`` is an expression of ``s`` as in ``Elementwise``; that of the Taylor softmax is ``1 + s + s^2/2``.
+    Nothing is exponentiated, so the logarithm of the row's divisor takes the log-sum-exp's place.
+    Source: Softmax alternatives of the spherical loss family (arXiv:1511.05042), section 3.
+    """
+
+    expr: str
+    added: float = 0.0
+    least: float = -math.inf
+    sink: ClassVar[None] = None
+    safe: ClassVar[bool] = False
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    @property
+    def hides(self) -> bool:
+        """Whether a score of -inf gets a weight of zero."""
+        return self.weight(-math.inf) == 0.0
+
+    def weight(self, score: float) -> float:
+        """Return the weight of one score before the division."""
+        return Elementwise(self.expr).weight(score)
+
+    def apply(
+        self,
+        scores: torch.Tensor,
+        captured: Mapping[str, torch.Tensor],
+        listed: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weights ``[B, H, Sq, Sk]`` and the logarithm of each row's divisor ``[B, H, Sq]``.
+
+        ``listed`` as in ``Elementwise``; what it leaves out is not in the sum.
+        """
+        f, total = self._parts(scores, listed)
+        return f / total, total[..., 0].log()
+
+    def pull_back(
+        self, scores: torch.Tensor, grad: torch.Tensor, lse_grad: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the gradient of the scores from those of the weights and of the divisor's logarithm."""
+        f, total = self._parts(scores)
+        row = -(f / total * grad).sum(-1, keepdim=True)
+        row = row if lse_grad is None else row + lse_grad[..., None]
+        row = torch.where(f.sum(-1, keepdim=True) + self.added < self.least, 0.0, row)
+        return Elementwise(self.expr).pull_back(scores, (grad + row) / total, None)
+
+    def _parts(
+        self, scores: torch.Tensor, listed: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the values of the function and each row's divisor ``[B, H, Sq, 1]``."""
+        f, _ = Elementwise(self.expr).apply(scores, {}, listed)
+        return f, (f.sum(-1, keepdim=True) + self.added).clamp(min=self.least)
+
+    def __str__(self) -> str:
+        added = f",added={self.added!r}" if self.added else ""
+        least = f",least={self.least!r}" if self.least != -math.inf else ""
+        return f"normalized({self.expr}{added}{least})"
+
+
+Normalizer = Softmax | SignedSoftmax | RoundedSoftmax | Elementwise | Normalized
 SOFTMAX = Softmax()
 """Plain softmax."""

@@ -20,6 +20,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from attnc import logs
+from attnc.capture.program import ATTEND_FORM
 from attnc.capture.types import Captured
 from attnc.codegen import ops as _ops  # noqa: F401  (registers attnc::attend)
 from attnc.codegen.lower import lower
@@ -207,6 +208,7 @@ def _attempt(
         if outcome.runtime is not None:
             fix_outputs(outcome.runtime)
             outcome.make_attend = partial(_attend_program, captured, live)
+            outcome.runtime.graph_module.meta[ATTEND_FORM] = lambda: outcome.attend
         note.update(counts)
     outcome.graph = graph
     for j in live:
@@ -269,10 +271,17 @@ def _attend_program(captured: Captured, live: list[Job]) -> ExportedProgram:
     return program
 
 
-def portable(program: ExportedProgram) -> ExportedProgram:
-    """Return a program at the ``attend`` level lowered to plain ATen wherever a plain form exists."""
+def portable(program: ExportedProgram, gpu: str | None = None) -> ExportedProgram:
+    """Return a program at the ``attend`` level lowered to plain ATen wherever a plain form exists.
+
+    Elsewhere, if ``gpu`` names an architecture (``sm_90``), to the Triton kernels that were emitted for it.
+    """
     plain = copy_program(program)
     lower(plain.graph, portable=True)
+    if gpu is not None:
+        from attnc.codegen.triton.op import replace_attends
+
+        replace_attends(plain.graph, gpu)
     fix_outputs(plain)
     plain.graph_module.recompile()
     return plain

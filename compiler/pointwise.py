@@ -11,10 +11,13 @@ import ast
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from attnc.duals import Dual, plus, times
 
 SCORE = "s"
 POSITIONS = ("q", "k", "h", "b")
@@ -33,85 +36,84 @@ class Call:
         return text(self)
 
 
-def _gelu_slope(x: Any) -> Any:
-    return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
-
-
-def _gelu_tanh_slope(x: Any) -> Any:
-    c = math.sqrt(2 / math.pi)
-    t = torch.tanh(c * (x + 0.044715 * x**3))
-    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x)
-
-
-def _flat(*x: Any) -> Any:
-    return torch.zeros_like(x[0])
-
-
-def _chosen(better: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Return the slope of a maximum or minimum: 1 where its argument is chosen, half at a tie, as torch."""
-    return lambda x, y: better(x, y).to(x.dtype) + 0.5 * (x == y).to(x.dtype)
+_ROOT = math.sqrt(2 / math.pi)
+_GELU_TANH = f"tanh(({_ROOT!r}*(x+(0.044715*(x*square(x))))))"
 
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """An elementwise function in torch, and its derivative along each argument."""
+    """An elementwise function in torch, and its derivative along each argument.
+
+    A derivative is the text of an expression over the arguments ``x``, ``y``, ``z``, and so has derivatives.
+    """
 
     value: Callable[..., Any]
-    slopes: tuple[Callable[..., Any], ...]
+    slopes: tuple[str, ...]
 
 
-def _unary(value: Callable[..., Any], slope: Callable[..., Any]) -> Function:
+def _unary(value: Callable[..., Any], slope: str) -> Function:
     return Function(value, (slope,))
 
 
+def _chosen(sign: str) -> tuple[str, str]:
+    """Return the slopes of a maximum or minimum: 1 where its argument is chosen, half at a tie, as torch."""
+    tie = "where(x==y,0.5,0.0)"
+    return f"where(x{sign}y,1.0,{tie})", f"where(y{sign}x,1.0,{tie})"
+
+
 FUNCTIONS: dict[str, Function] = {
-    "neg": _unary(torch.neg, lambda x: -torch.ones_like(x)),
-    "abs": _unary(torch.abs, torch.sign),
-    "sign": _unary(torch.sign, _flat),
-    "exp": _unary(torch.exp, torch.exp),
-    "exp2": _unary(torch.exp2, lambda x: math.log(2) * torch.exp2(x)),
-    "expm1": _unary(torch.expm1, torch.exp),
-    "log": _unary(torch.log, torch.reciprocal),
-    "log1p": _unary(torch.log1p, lambda x: 1 / (1 + x)),
-    "sqrt": _unary(torch.sqrt, lambda x: 0.5 * torch.rsqrt(x)),
-    "rsqrt": _unary(torch.rsqrt, lambda x: -0.5 * torch.rsqrt(x) / x),
-    "reciprocal": _unary(torch.reciprocal, lambda x: -1 / (x * x)),
-    "square": _unary(torch.square, lambda x: 2 * x),
-    "sin": _unary(torch.sin, torch.cos),
-    "cos": _unary(torch.cos, lambda x: -torch.sin(x)),
-    "tan": _unary(torch.tan, lambda x: 1 + torch.tan(x) ** 2),
-    "atan": _unary(torch.atan, lambda x: 1 / (1 + x * x)),
-    "sinh": _unary(torch.sinh, torch.cosh),
-    "cosh": _unary(torch.cosh, torch.sinh),
-    "tanh": _unary(torch.tanh, lambda x: 1 - torch.tanh(x) ** 2),
-    "sigmoid": _unary(torch.sigmoid, lambda x: torch.sigmoid(x) * torch.sigmoid(-x)),
-    "relu": _unary(torch.relu, lambda x: (x > 0).to(x.dtype)),
-    "silu": _unary(torch.nn.functional.silu, lambda x: torch.sigmoid(x) * (1 + x * torch.sigmoid(-x))),
-    "softplus": _unary(torch.nn.functional.softplus, torch.sigmoid),
-    "elu": _unary(torch.nn.functional.elu, lambda x: torch.where(x > 0, torch.ones_like(x), torch.exp(x))),
-    "gelu": _unary(torch.nn.functional.gelu, _gelu_slope),
-    "gelu_tanh": _unary(lambda x: torch.nn.functional.gelu(x, approximate="tanh"), _gelu_tanh_slope),
-    "erf": _unary(torch.erf, lambda x: 2 / math.sqrt(math.pi) * torch.exp(-x * x)),
-    "floor": _unary(torch.floor, _flat),
-    "ceil": _unary(torch.ceil, _flat),
-    "trunc": _unary(torch.trunc, _flat),
-    "add": Function(torch.add, (lambda x, y: torch.ones_like(x),) * 2),
-    "sub": Function(torch.sub, (lambda x, y: torch.ones_like(x), lambda x, y: -torch.ones_like(x))),
-    "mul": Function(torch.mul, (lambda x, y: y, lambda x, y: x)),
-    "div": Function(torch.div, (lambda x, y: 1 / y, lambda x, y: -x / (y * y))),
-    "pow": Function(
-        torch.pow,
-        (lambda x, y: torch.where(y == 0, 0.0, y * x ** (y - 1)), lambda x, y: x**y * torch.log(x)),
+    "neg": _unary(torch.neg, "-1.0"),
+    "abs": _unary(torch.abs, "sign(x)"),
+    "sign": _unary(torch.sign, "0.0"),
+    "exp": _unary(torch.exp, "exp(x)"),
+    "exp2": _unary(torch.exp2, f"({math.log(2)!r}*exp2(x))"),
+    "expm1": _unary(torch.expm1, "exp(x)"),
+    "log": _unary(torch.log, "reciprocal(x)"),
+    "log1p": _unary(torch.log1p, "reciprocal((1.0+x))"),
+    "sqrt": _unary(torch.sqrt, "(0.5*rsqrt(x))"),
+    "rsqrt": _unary(torch.rsqrt, "(-0.5*(rsqrt(x)/x))"),
+    "reciprocal": _unary(torch.reciprocal, "neg(square(reciprocal(x)))"),
+    "square": _unary(torch.square, "(2.0*x)"),
+    "sin": _unary(torch.sin, "cos(x)"),
+    "cos": _unary(torch.cos, "neg(sin(x))"),
+    "tan": _unary(torch.tan, "(1.0+square(tan(x)))"),
+    "atan": _unary(torch.atan, "reciprocal((1.0+square(x)))"),
+    "sinh": _unary(torch.sinh, "cosh(x)"),
+    "cosh": _unary(torch.cosh, "sinh(x)"),
+    "tanh": _unary(torch.tanh, "(1.0-square(tanh(x)))"),
+    "sigmoid": _unary(torch.sigmoid, "(sigmoid(x)*sigmoid(neg(x)))"),
+    "relu": _unary(torch.relu, "where(x>0.0,1.0,0.0)"),
+    "silu": _unary(torch.nn.functional.silu, "(sigmoid(x)*(1.0+(x*sigmoid(neg(x)))))"),
+    "softplus": _unary(torch.nn.functional.softplus, "sigmoid(x)"),
+    "elu": _unary(torch.nn.functional.elu, "where(x>0.0,1.0,exp(x))"),
+    "gelu": _unary(
+        torch.nn.functional.gelu,
+        f"((0.5*(1.0+erf(({math.sqrt(0.5)!r}*x))))+({0.5 * _ROOT!r}*(x*exp((-0.5*square(x))))))",
     ),
-    "maximum": Function(torch.maximum, (_chosen(torch.gt), lambda x, y: _chosen(torch.gt)(y, x))),
-    "minimum": Function(torch.minimum, (_chosen(torch.lt), lambda x, y: _chosen(torch.lt)(y, x))),
-    "lt": Function(torch.lt, (_flat,) * 2),
-    "le": Function(torch.le, (_flat,) * 2),
-    "gt": Function(torch.gt, (_flat,) * 2),
-    "ge": Function(torch.ge, (_flat,) * 2),
-    "eq": Function(torch.eq, (_flat,) * 2),
-    "ne": Function(torch.ne, (_flat,) * 2),
-    "where": Function(torch.where, (_flat, lambda c, x, y: c.to(x.dtype), lambda c, x, y: (~c).to(x.dtype))),
+    "gelu_tanh": _unary(
+        lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+        f"((0.5*(1.0+{_GELU_TANH}))+((0.5*x)*((1.0-square({_GELU_TANH}))"
+        f"*({_ROOT!r}*(1.0+({3 * 0.044715!r}*square(x)))))))",
+    ),
+    "erf": _unary(torch.erf, f"({2 / math.sqrt(math.pi)!r}*exp(neg(square(x))))"),
+    "floor": _unary(torch.floor, "0.0"),
+    "ceil": _unary(torch.ceil, "0.0"),
+    "trunc": _unary(torch.trunc, "0.0"),
+    "add": Function(torch.add, ("1.0", "1.0")),
+    "sub": Function(torch.sub, ("1.0", "-1.0")),
+    "mul": Function(torch.mul, ("y", "x")),
+    "div": Function(torch.div, ("reciprocal(y)", "neg(((x/y)/y))")),
+    # 0 to the power 0 is flat in its base, although the power by one less is infinite
+    "pow": Function(torch.pow, ("(y*pow(where(y==0.0,where(x==0.0,1.0,x),x),(y-1.0)))", "(pow(x,y)*log(x))")),
+    "maximum": Function(torch.maximum, _chosen(">")),
+    "minimum": Function(torch.minimum, _chosen("<")),
+    "lt": Function(torch.lt, ("0.0", "0.0")),
+    "le": Function(torch.le, ("0.0", "0.0")),
+    "gt": Function(torch.gt, ("0.0", "0.0")),
+    "ge": Function(torch.ge, ("0.0", "0.0")),
+    "eq": Function(torch.eq, ("0.0", "0.0")),
+    "ne": Function(torch.ne, ("0.0", "0.0")),
+    "where": Function(torch.where, ("0.0", "where(x,1.0,0.0)", "where(x,0.0,1.0)")),
 }
 """Every function that an expression may call.  At a tie a maximum gives half its slope to each side."""
 
@@ -208,27 +210,75 @@ def evaluate(term: Call | str | float, values: Mapping[str, Tensor]) -> Tensor:
     return out
 
 
+def push_forward(term: Call | str | float, values: Mapping[str, Dual]) -> Dual:
+    """Return the value of an expression and its tangent, for tensors with tangents by name.
+
+    An argument of zero slope adds an exact zero, whatever its tangent, and a choice chooses tangents.
+    """
+    if isinstance(term, str):
+        return values[term]
+    if not isinstance(term, Call):
+        return Dual(evaluate(term, {SCORE: values[SCORE].value}))
+    args = [push_forward(a, values) for a in term.args]
+    value = FUNCTIONS[term.op].value(*(a.value for a in args))
+    if term.op == "where":
+        return Dual(value, _chosen_tangent(*args))
+    known = _arguments([a.value for a in args], values[SCORE].value)
+    tangent = None
+    for arg, slope in zip(args, _slopes(term.op), strict=True):
+        if arg.tangent is not None and slope != 0.0:
+            tangent = plus(tangent, times(arg.tangent, evaluate(slope, known)))
+    return Dual(value, tangent)
+
+
+def _chosen_tangent(c: Dual, x: Dual, y: Dual) -> Tensor | None:
+    if x.tangent is None and y.tangent is None:
+        return None
+    tx, ty = (torch.zeros_like(d.value) if d.tangent is None else d.tangent for d in (x, y))
+    return torch.where(c.value, tx, ty)
+
+
+@cache
+def _slopes(op: str) -> tuple[Call | str | float, ...]:
+    """Return the derivatives of a function as expressions over ``x``, ``y``, ``z``."""
+    return tuple(map(parse_term, FUNCTIONS[op].slopes))
+
+
+def _arguments(args: list[Any], score: Any) -> dict[str, Any]:
+    """Return what the names in the slopes of a function stand for; ``score`` gives numbers their dtype."""
+    return {**dict(zip("xyz", args, strict=False)), SCORE: score}
+
+
 def pull_back(term: Call | str | float, values: Mapping[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
     """Return the gradient of each float tensor that an expression reads, summed to its shape.
 
     ``grad`` is the gradient of the value, in its shape.  An argument of zero slope adds an exact zero, so
     the arm of a ``where`` that is not chosen adds none even if its own slope is infinite.
     """
-    sums: dict[str, Tensor] = {}
+    found = pull_back_duals(term, {n: Dual(x) for n, x in values.items()}, Dual(grad))
+    return {n: g.value for n, g in found.items()}
+
+
+def pull_back_duals(term: Call | str | float, values: Mapping[str, Dual], grad: Dual) -> dict[str, Dual]:
+    """Return what ``pull_back`` does, and its tangent where the tensors and the gradient have tangents."""
+    sums: dict[str, Dual] = {}
     _pull_into(term, values, grad, sums)
-    return {n: g.sum_to_size(values[n].shape) for n, g in sums.items()}
+    return {n: g.linear(partial(_summed, values[n].value.shape)) for n, g in sums.items()}
+
+
+def _summed(shape: torch.Size, x: Tensor) -> Tensor:
+    return x.sum_to_size(shape)
 
 
 def _pull_into(
-    term: Call | str | float, values: Mapping[str, Tensor], grad: Tensor, sums: dict[str, Tensor]
+    term: Call | str | float, values: Mapping[str, Dual], grad: Dual, sums: dict[str, Dual]
 ) -> None:
     if isinstance(term, str):
-        if values[term].is_floating_point():
+        if values[term].value.is_floating_point():
             sums[term] = sums[term] + grad if term in sums else grad
     elif isinstance(term, Call):
-        args = [evaluate(a, values) for a in term.args]
-        for arg, value, slope in zip(term.args, args, FUNCTIONS[term.op].slopes, strict=True):
-            if isinstance(arg, float) or not value.is_floating_point():
-                continue
-            local = slope(*args)
-            _pull_into(arg, values, torch.where((grad == 0) | (local == 0), 0.0, grad * local), sums)
+        args = [push_forward(a, values) for a in term.args]
+        known = _arguments(args, values[SCORE])
+        for arg, dual, slope in zip(term.args, args, _slopes(term.op), strict=True):
+            if not isinstance(arg, float) and dual.value.is_floating_point():
+                _pull_into(arg, values, grad.pulled(push_forward(slope, known)), sums)

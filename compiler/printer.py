@@ -9,6 +9,7 @@ mask)* ")"; an atom in braces is a formula over positions (see ``attnc.formula_t
 
 from __future__ import annotations
 
+import math
 import re
 from functools import lru_cache
 
@@ -22,6 +23,7 @@ from attnc.ir import (
     Elementwise,
     Fill,
     Gain,
+    Normalized,
     Normalizer,
     Operand,
     Pointwise,
@@ -138,6 +140,8 @@ def _norm(word: str) -> Normalizer:
         expr = ",".join(_args(word, "elementwise"))
         parse_term(expr)
         return Elementwise(expr)
+    if word.startswith("normalized("):
+        return _normalized(_args(word, "normalized"))
     sink: str | float | None = None
     words = _args(word, "softmax")
     for w in words:
@@ -147,6 +151,17 @@ def _norm(word: str) -> Normalizer:
         elif w not in ("upcast", "safe"):
             raise ValueError(f"expected sink=, upcast or safe, found {w!r}")
     return Softmax(sink, "upcast" in words, "safe" in words)
+
+
+def _normalized(args: list[str]) -> Normalized:
+    """Read the expression, whose own commas come first, and what is done to the row's sum."""
+    given: dict[str, float] = {}
+    while "=" in args[-1] and args[-1].partition("=")[0] in ("added", "least"):
+        name, _, value = args.pop().partition("=")
+        given[name] = float(value)
+    expr = ",".join(args)
+    parse_term(expr)
+    return Normalized(expr, given.get("added", 0.0), given.get("least", -math.inf))
 
 
 def _mask_and_rest(text: str) -> tuple[Mask, str]:

@@ -19,7 +19,7 @@ from attnc.ir import AttentionSpec, Miss, Plan
 from attnc.passes.analyze.region_view import view_of_miss, view_of_rewrite, view_of_site
 from attnc.passes.analyze.source import blocking_op, blocking_source
 from attnc.passes.detect import Found
-from attnc.passes.detect.found import Term
+from attnc.passes.detect.found import Flat, Term
 from attnc.passes.detect.graph import module_path, source_line
 from attnc.report.report import SiteRecord
 from attnc.verify import sites as checks
@@ -75,6 +75,11 @@ def _term(t: Term) -> str:
     return f"{t.number!r} * {gates}{t.spec}"
 
 
+def _flat(f: Flat) -> str:
+    """Return what is added beside attentions as text: its factors, then what they multiply."""
+    return f"{f.number!r} * {''.join(f'{g.source} * ' for g in f.gates)}sum of the values"
+
+
 def said(error: BaseException) -> str:
     """Return an error in one line: its type and the first line of its message."""
     lines = str(error).strip().splitlines()
@@ -97,7 +102,7 @@ def site_record(job: Job, nodes: Mapping[str, fx.Node]) -> SiteRecord:
     spec: AttentionSpec = job.plan.spec if job.plan is not None else m.spec
     details: dict[str, Any] = {"trail": list(m.trail), "found": str(m.spec), **job.details}
     if job.found.terms:
-        details["terms"] = [_term(t) for t in job.found.terms]
+        details["terms"] = [*map(_term, job.found.terms), *map(_flat, job.found.flats)]
     if job.head_sizes is not None:
         details["at_example"] = str(spec.with_head_sizes(*job.head_sizes))
     if job.check is not None:

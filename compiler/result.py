@@ -25,7 +25,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from attnc import logs
-from attnc.capture.key import HOOKS, Tree, being_traced, harmless, kind, opaque
+from attnc.capture.key import HOOKS, Tree, being_traced, harmless, in_forward_mode, kind, opaque
 from attnc.capture.program import Program
 from attnc.capture.trial import ForwardError
 from attnc.errors import CaptureError
@@ -155,6 +155,8 @@ class Dispatcher(InstanceForward):
             return self._original(*args, **kwargs)
         key = (spec, kinds, tree.state())
         program = self._find(key, leaves)
+        if in_forward_mode():
+            return self._with_tangents(program, leaves, args, kwargs)
         if program is None and not being_traced():
             program = self._capture(key, leaves, call)
             if program is not None and not program.loses_gradients(leaves):
@@ -168,6 +170,18 @@ class Dispatcher(InstanceForward):
         if self._ladder is not None and not being_traced() and (program or key in self._failed_keys):
             return self._ladder(key, args, kwargs)
         return self._original(*args, **kwargs)
+
+    def _with_tangents(
+        self, program: Program | None, leaves: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a call whose tensors may carry tangents; nothing is captured from it."""
+        differentiable = None
+        try:
+            if program is not None and not program.loses_gradients(leaves):
+                differentiable = program.in_forward_mode()
+        except Exception as error:  # a mistake of ours must not take the user's model down
+            self._tell(f"the original forward runs in forward mode: {type(error).__name__}: {error}")
+        return self._original(*args, **kwargs) if differentiable is None else differentiable(leaves)
 
     def prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """Capture for this kind of call, if that has not been done; return why it cannot be, '' if it can."""

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from attnc.capture.key import in_forward_mode
 from attnc.errors import CheckpointError
 
 RECOMPILES = 64
@@ -49,7 +50,9 @@ class LazyForward(InstanceForward):
         self._compiled = compiled(self._original, backend)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the call as the class's forward would, in compiled pieces."""
+        """Run the call as the class's forward would, in compiled pieces; in forward mode, as it is."""
+        if in_forward_mode():
+            return self._original(*args, **kwargs)
         return self._compiled(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LazyForward:

@@ -48,6 +48,14 @@ class Session:
         """Captured programs lowered to plain ATen wherever a plain form exists."""
         return [portable(p) for p in self.attends]
 
+    def packages(self, gpu: str) -> list[ExportedProgram]:
+        """Return the captured programs as ``torch._inductor.aoti_compile_and_package`` takes them.
+
+        Sites are plain ATen or Triton kernels emitted for ``gpu``, an architecture such as ``sm_90``; a
+        package made of one runs without attnc.
+        """
+        return [portable(p, gpu) for p in self.attends]
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         return self
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,9 @@ class Api(types.ModuleType):
         )  # fmt: skip
         return [site]
 
-    def emit(self, fast: nn.Module, directory: Path, *, force: bool) -> list[Kernel]:
+    def emit(self, fast: nn.Module, directory: Path, *, kinds: Sequence[str], force: bool) -> list[Kernel]:
         Path(directory).mkdir()
+        self.kinds = list(kinds)
         return [Kernel("site_0", "pass", "abc123"), Kernel("site_1", "pass", "abc123")]
 
 
@@ -331,6 +333,7 @@ def test_emit_report_compiles_each_different_kernel_once(api, bert, capsys, tmp_
 
     row = {
         "kernel": "site_0",
+        "program": "kernel",
         "target": "sm_90",
         "registers": 128,
         "shared": 4096,
@@ -343,7 +346,9 @@ def test_emit_report_compiles_each_different_kernel_once(api, bert, capsys, tmp_
     assert code == 0
     assert [k["name"] for k in json.loads(out)["kernels"]] == ["site_0", "site_1"]
     assert json.loads(out)["compiled"] == [row]
-    code, out, _ = run(capsys, "emit", bert, "-o", tmp_path / "again", "--report")
+    assert api.kinds == ["forward"]
+    code, out, _ = run(capsys, "emit", bert, "-o", tmp_path / "again", "--report", "--kind", "backward")
+    assert api.kinds == ["backward"]
     assert "sm_90" in out
     assert "128" in out
 

@@ -18,9 +18,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"compiler": "attnc", "passes": "attnc.passes", "codegen": "attnc.codegen"}
-_MASKS = ("masks", "mask_atoms", "mask_joins", "formula", "formula_text", "intervals")
-_STEPS = ("steps", "norms", "pointwise")
-LOW = tuple(f"attnc.{n}" for n in ("ir", *_STEPS, "expr", "polynomial", "terms", *_MASKS, "errors", "logs"))
+_MASKS = ("masks", "mask_atoms", "mask_joins", "mask_tiles", "formula", "formula_text", "intervals")
+_STEPS = ("steps", "norms", "pointwise", "duals")
+LOW = tuple(
+    f"attnc.{n}"
+    for n in ("ir", *_STEPS, "expr", "polynomial", "terms", *_MASKS, "block_list", "errors", "logs")
+)
 CORE = (
     *LOW,
     "attnc.formula_nodes",

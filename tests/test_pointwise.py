@@ -10,7 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnc.codegen.flex.pointwise import written
-from attnc.pointwise import FUNCTIONS, Call, evaluate, names, parse_term, pull_back, rename, text
+from attnc.duals import Dual
+from attnc.pointwise import (
+    FUNCTIONS,
+    Call,
+    evaluate,
+    names,
+    parse_term,
+    pull_back,
+    pull_back_duals,
+    push_forward,
+    rename,
+    text,
+)
 
 X = torch.tensor([-2.5, -0.9, -0.3, 0.2, 0.7, 1.9], dtype=torch.float64)
 Y = torch.tensor([[0.4], [1.3]], dtype=torch.float64)
@@ -56,6 +68,46 @@ def test_derivatives_are_those_of_torch(name):
     found = pull_back(term, {n: x.detach() for n, x in values.items()}, grad)
     for n, want in zip(names(term), expected, strict=True):
         torch.testing.assert_close(found[n], want, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_tangents_of_values_and_of_gradients_are_those_of_torch(name):
+    term = one_call(name)
+    read = names(term)
+    points = {"s": X.abs() if name in POSITIVE else X, "c0": Y}
+    g = torch.Generator().manual_seed(0)
+    moves = {n: torch.randn(x.shape, generator=g, dtype=x.dtype) for n, x in points.items()}
+
+    def value(*x: torch.Tensor) -> torch.Tensor:
+        return evaluate(term, dict(zip(read, x, strict=True)) | {"s": x[0]}).double()
+
+    x, t = ([of[n] for n in read] for of in (points, moves))
+    want, want_tangent = torch.func.jvp(value, tuple(x), tuple(t))
+    found = push_forward(term, {n: Dual(points[n], moves[n]) for n in points})
+    assert torch.equal(found.value.double(), want)
+    tangent = torch.zeros_like(want) if found.tangent is None else found.tangent.expand_as(want)
+    torch.testing.assert_close(tangent, want_tangent, rtol=1e-13, atol=1e-13)
+    if found.value.dtype == torch.bool:
+        return
+    grad = Dual(*torch.randn(2, *want.shape, generator=g, dtype=want.dtype))
+
+    def gradients(*x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.func.vjp(value, *x[1:])[1](x[0])
+
+    pulled = pull_back_duals(term, {n: Dual(points[n], moves[n]) for n in points}, grad)
+    want_grads = torch.func.jvp(gradients, (grad.value, *x), (grad.tangent, *t))
+    for n, *each in zip(read, *want_grads, strict=True):
+        for got, expected in zip((pulled[n].value, pulled[n].tangent), each, strict=True):
+            got = torch.zeros_like(expected) if got is None else got
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_tangents_at_kinks_and_infinite_slopes_are_exact_zeros():
+    s = Dual(torch.tensor([-1.0, 0.0, 4.0], dtype=torch.float64), torch.tensor([3.0, 3.0, 8.0]).double())
+    chosen = push_forward(parse_term("where((s>0.0),sqrt(s),0.0)"), {"s": s})
+    assert chosen.tangent.tolist() == [0.0, 0.0, 2.0]
+    power = push_forward(parse_term("pow(s,c)"), {"s": s, "c": Dual(torch.zeros(3).double())})
+    assert power.tangent.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_an_arm_that_is_not_chosen_adds_no_gradient():

@@ -22,11 +22,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
+from attnc.codegen.operators import (
+    Below,
+    Node,
+    is_recorded,
+    operator,
+    record,
+    tangent_of,
+    with_tangent,
+    without_tangent,
+)
 from attnc.errors import RewriteError, UnsupportedError
 
 MAX_K = (2**31 - 1) // (127 * 127)  # 133144: the longest sum of products of codes that int32 holds
@@ -116,11 +126,8 @@ def _check(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: tor
         )
 
 
-@torch.library.custom_op(
-    "attnc::linear_w8a8",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor",
+@operator(
+    "linear_w8a8", "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor", device="cpu"
 )
 def linear_w8a8(
     x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
@@ -128,7 +135,7 @@ def linear_w8a8(
     """Return ``x @ (weight * weight_scale).T + bias`` ``[..., N]``, with ``x`` rounded to int8 per row.
 
     ``x`` is ``[..., K]`` float32, bfloat16 or float16, and so is the result; ``weight`` int8 ``[N, K]``;
-    ``weight_scale`` float32 ``[N]``; ``bias`` ``[N]`` or None.  Backward treats rounding as the identity:
+    ``weight_scale`` float32 ``[N]``; ``bias`` ``[N]`` or None.  Derivatives treat rounding as the identity:
     ``dx = dy @ (weight * weight_scale)``.
 
     Raises:
@@ -158,28 +165,63 @@ def _fake(
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, weight, scale, bias = inputs
-    ctx.save_for_backward(weight, scale)
-    ctx.dtypes = x.dtype, None if bias is None else bias.dtype
+class _Linear(Node):
+    """``linear_w8a8`` in a graph."""
+
+    @staticmethod
+    def forward(below: Below, *args: Any) -> torch.Tensor:
+        found: torch.Tensor = below(*args)
+        return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _, x, weight, scale, bias = inputs
+        ctx.save_for_backward(weight, scale)
+        ctx.dtypes = x.dtype, None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        _, needs_x, _, needs_scale, needs_bias = ctx.needs_input_grad
+        if needs_scale:
+            _refuse_scale()
+        weight, scale = ctx.saved_tensors
+        x_dtype, bias_dtype = ctx.dtypes
+        dx = db = None
+        if needs_x:
+            dx = ((dy.to(torch.float32) * scale) @ weight.to(torch.float32)).to(x_dtype)
+        if needs_bias:
+            sums = dy.to(torch.float32).flatten(0, -2).sum(0) if dy.dim() > 1 else dy
+            db = sums.to(bias_dtype)
+        return None, dx, None, None, db
 
 
-def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None]:
-    if ctx.needs_input_grad[2]:
-        raise UnsupportedError(
-            "attnc::linear_w8a8: expected weight_scale without requires_grad; scales have no gradient"
-        )
-    weight, scale = ctx.saved_tensors
-    x_dtype, bias_dtype = ctx.dtypes
-    dx = db = None
-    if ctx.needs_input_grad[0]:
-        dx = ((dy.to(torch.float32) * scale) @ weight.to(torch.float32)).to(x_dtype)
-    if ctx.needs_input_grad[3]:
-        db = dy.to(torch.float32).flatten(0, -2).sum(0).to(bias_dtype) if dy.dim() > 1 else dy.to(bias_dtype)
-    return dx, None, None, db
+def _refuse_scale() -> NoReturn:
+    raise UnsupportedError(
+        "attnc::linear_w8a8: expected a weight_scale that is not differentiated; scales have no gradient"
+    )
 
 
-linear_w8a8.register_autograd(_backward, setup_context=_setup)
+@linear_w8a8.register_autograd
+def _autograd(
+    below: Below, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    tx, tb = tangent_of(x), tangent_of(bias)
+    if tangent_of(scale) is not None:
+        _refuse_scale()
+    if tx is not None or tb is not None:
+        bare = bias if bias is None or tb is None else without_tangent(bias)
+        y = linear_w8a8(without_tangent(x), weight, scale, bare)
+        ty = torch.zeros_like(y) if tb is None else tb.expand_as(y)
+        if tx is not None:
+            ty = ty + (tx.to(torch.float32) @ weight.to(torch.float32).t() * scale).to(y.dtype)
+        return with_tangent(y, ty.to(y.dtype))
+    recorded = is_recorded(x, scale, bias)
+    found: torch.Tensor
+    found = record(_Linear, below, x, weight, scale, bias) if recorded else below(x, weight, scale, bias)
+    return found
+
+
+linear_w8a8.register_vmap_loop()
 
 
 class W8A8Linear(nn.Module):
@@ -233,7 +275,7 @@ class W8A8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``[..., N]`` in ``x``'s dtype."""
-        out: torch.Tensor = linear_w8a8(x, self.weight, self.weight_scale, self.bias)
+        out: torch.Tensor = torch.ops.attnc.linear_w8a8(x, self.weight, self.weight_scale, self.bias)
         return out
 
     def extra_repr(self) -> str:

@@ -23,6 +23,7 @@ from attnc.ir import (
     Elementwise,
     Fill,
     Gain,
+    Normalized,
     Normalizer,
     Pointwise,
     RoundedSoftmax,
@@ -121,6 +122,8 @@ def _weights(
     """Write the normalizer; a sink is one more column of scores, whose weight is dropped."""
     if isinstance(norm, Elementwise):
         return pointwise.written(b, parse_term(norm.expr), s, named, work)
+    if isinstance(norm, Normalized):
+        return _shares(b, norm, s, named, work)
     if isinstance(norm, SignedSoftmax):
         hidden = b.op("Equal", s, b.const(-math.inf, work), dtype=torch.bool)
         size = b.op("Where", hidden, b.const(-math.inf, work), b.op("Abs", s, dtype=work), dtype=work)
@@ -145,6 +148,19 @@ def _weights(
     )
     w = b.op("Softmax", b.op("Concat", s, column, axis=-1, dtype=work), axis=-1, dtype=work)
     return b.op("Slice", w, b.ints(0), b.ints(-1), b.ints(3), dtype=work)
+
+
+def _shares(
+    b: Builder, norm: Normalized, s: ir.Value, named: Mapping[str, ir.Value], work: torch.dtype
+) -> ir.Value:
+    """Write weights that are divided by their row's sum."""
+    f = pointwise.written(b, parse_term(norm.expr), s, named, work)
+    total = b.op("ReduceSum", f, b.ints(-1), keepdims=1, dtype=work)
+    if norm.added:
+        total = b.op("Add", total, b.const(norm.added, work), dtype=work)
+    if norm.least != -math.inf:
+        total = b.op("Max", total, b.const(norm.least, work), dtype=work)
+    return b.op("Div", f, total, dtype=work)
 
 
 def _log_sum_exp(

@@ -66,6 +66,10 @@ def lower(
 
     ``portable`` asks for plain ATen only (for artefacts that run without attnc).
     """
+    k, v = (
+        x if o.dtype == spec.q.dtype else build.call(aten.to.dtype, x, spec.q.dtype)
+        for x, o in ((k, spec.k), (v, spec.v))
+    )
     named = {o.name: n for o, n in zip(spec.captured, captured, strict=True)}
     scale = spec.scores[0].factor if spec.scores and isinstance(spec.scores[0], Scale) else 1.0
     grouped = spec.group_size > 1

@@ -1,8 +1,9 @@
 """Compile an emitted kernel ahead of time, for GPUs that are not here, and say what each program needs.
 
-NVIDIA: registers and stack from ``cuobjdump -res-usage``, local loads and stores (LDL, STL) counted in the
-SASS; a spill shows as stack above 0.  AMD: what the assembler wrote into the code object's metadata.  The
-compiler does not check the shared memory limit, so it is compared here.
+NVIDIA: registers and stack from ``cuobjdump -res-usage``, instructions counted in the SASS; a spill shows as
+stack above 0 and as local loads and stores (LDL, STL).  AMD: what the assembler wrote into the code object's
+metadata, instructions counted in its text.  The compiler does not check the shared memory limit, so it is
+compared here.
 """
 
 from __future__ import annotations
@@ -17,11 +18,27 @@ from typing import Any
 
 from attnc.codegen.triton.configs import SHARED_LIMIT
 from attnc.codegen.triton.emit import kind_of, spec_of
-from attnc.codegen.triton.holes import argument_types
 from attnc.codegen.triton.kinds import KINDS, TARGETS, Program
+from attnc.codegen.triton.loops import inner_loops
 from attnc.codegen.triton.store import load
 from attnc.errors import CodegenError
 from attnc.ir import Kernel
+
+INSTRUCTIONS = {
+    "instructions": r"(?!NOP\b)",
+    "hmma": r"[DHIQ]MMA\b",  # by one warp: mma.sync
+    "hgmma": r"[HIQ]GMMA\b",  # by a Hopper warp group, from shared memory: wgmma
+    "utcmma": r"UTC[HIOQ]MMA\b",  # by a Blackwell tensor core, into its own memory: tcgen05.mma
+    "mfma": r"v_mfma_",  # by an AMD wave
+    "tma_loads": r"UTMALDG\b",
+    "async_copies": r"LDGSTS\b",  # cp.async
+    "exp2": r"MUFU\.EX2\b|v_exp_f32",
+    "spills": r"(LDL|STL)\b",
+}
+"""What a row counts in a kernel's assembly: a name, and a pattern for the start of an instruction."""
+
+_INSTRUCTION = re.compile(r"^\s+(?:/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z]\S*)|([a-z]+_\w+))", re.MULTILINE)
+"""An instruction in SASS (its address first, then perhaps a predicate), or in AMD's assembly."""
 
 
 def report_rows(kernel: Kernel, targets: tuple[str, ...] = TARGETS) -> list[dict[str, Any]]:
@@ -29,8 +46,10 @@ def report_rows(kernel: Kernel, targets: tuple[str, ...] = TARGETS) -> list[dict
 
     A row has ``kernel``, ``program`` (the entry point, and how it was compiled), ``target``, ``block_m``,
     ``block_n``, ``warps``, ``stages``, ``registers`` (per thread), ``shared`` and ``shared_limit`` (bytes
-    per block), ``over_limit``, ``stack`` (bytes per thread), ``spills`` (local loads and stores, or AMD's
-    count of spilled vector registers), and ``error`` (None, or the compiler's last line).
+    per block), ``over_limit``, ``stack`` (bytes per thread), a count for each of ``INSTRUCTIONS``
+    (``spills``: local loads and stores, or AMD's count of spilled vector registers), ``loop_instructions``
+    and ``loop_spills`` (in one turn of the shortest loop over keys, and of all; None for AMD), and ``error``
+    (None, or the compiler's last line).
 
     Raises:
         CodegenError: triton is not installed, or it was imported in interpreter mode.
@@ -64,8 +83,9 @@ def _row(kernel: Kernel, module: ModuleType, target: str, program: Program) -> d
     try:
         compiled = compile_for(kernel, module, target, program)
     except _compiler_errors() as error:
-        nothing = {"registers": None, "shared": None, "over_limit": None, "stack": None, "spills": None}
-        return {**row, **nothing, "error": _reason(error)}
+        loops = ("loop_instructions", "loop_spills")
+        unknown = ("registers", "stack", *INSTRUCTIONS, *loops, "shared", "over_limit")
+        return {**row, **dict.fromkeys(unknown), "error": _reason(error)}
     used = _nvidia(compiled.asm["cubin"]) if target.startswith("sm_") else _amd(compiled.asm["amdgcn"])
     shared = int(compiled.metadata.shared)
     return {**row, **used, "shared": shared, "over_limit": shared > SHARED_LIMIT[target], "error": None}
@@ -85,11 +105,12 @@ def compile_for(kernel: Kernel, module: ModuleType, target: str, program: Progra
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    kind = KINDS[kind_of(kernel.source)]
     block_m, block_n, warps, stages = getattr(module, program.configs)[target]
     fn = getattr(module, f"{kernel.name}_{program.kernel}")
-    types, ones = argument_types(spec_of(kernel.source))
-    constants: dict[str, Any] = {n: x for n, x in ones.items() if n in fn.arg_names}
-    constants |= {**program.constants, "BLOCK_M": block_m, "BLOCK_N": block_n}
+    types, ones = kind.types(spec_of(kernel.source))
+    known: dict[str, Any] = {**ones, **program.constants, "BLOCK_M": block_m, "BLOCK_N": block_n}
+    constants = {name: known[name] for name in fn.arg_names if name in known}
     signature = {
         name: types.get(name, "constexpr") if name not in ones else "constexpr" for name in fn.arg_names
     }
@@ -112,18 +133,18 @@ def _compiler_errors() -> tuple[type[BaseException], ...]:
     return (CompilationError, OutOfResources, PTXASError, RuntimeError)
 
 
-def _nvidia(cubin: bytes) -> dict[str, int]:
-    usage, sass = _cuobjdump(cubin, "-res-usage"), _cuobjdump(cubin, "-sass")
-    found = {name: re.search(rf"{name}:(\d+)", usage) for name in ("REG", "STACK")}
-    numbers = {name: int(m[1]) for name, m in found.items() if m}
-    if len(numbers) != 2:
-        raise CodegenError(f"cuobjdump: expected REG and STACK in its resource usage, found {usage[-200:]!r}")
-    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    return {"registers": numbers["REG"], "stack": numbers["STACK"], "spills": spills}
+def count_instructions(assembly: str) -> dict[str, int]:
+    """Return how often each of ``INSTRUCTIONS`` occurs in SASS or in AMD's assembly."""
+    found = [nvidia or amd for nvidia, amd in _INSTRUCTION.findall(assembly)]
+    return {name: sum(bool(re.match(p, x)) for x in found) for name, p in INSTRUCTIONS.items()}
 
 
-def _cuobjdump(cubin: bytes, option: str) -> str:
-    """Run the disassembler that triton ships over a cubin."""
+def disassemble(cubin: bytes) -> str:
+    """Return a cubin's resource usage and its SASS, by the disassembler that triton ships.
+
+    Raises:
+        CodegenError: it is not there, or it fails.
+    """
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -132,16 +153,39 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        run = subprocess.run([str(tool), option, file.name], capture_output=True, text=True, check=False)
+        command = [str(tool), "-res-usage", "-sass", file.name]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
-        raise CodegenError(f"cuobjdump {option} failed with {run.returncode}: {run.stderr.strip()}")
+        raise CodegenError(f"cuobjdump failed with {run.returncode}: {run.stderr.strip()}")
     return run.stdout
 
 
-def _amd(assembly: str) -> dict[str, int]:
+def usage(sass: str) -> dict[str, int]:
+    """Return ``registers`` and ``stack`` (bytes), per thread, from what ``disassemble`` gave."""
+    return _numbers({"registers": "REG", "stack": "STACK"}, r"\b{}:(\d+)", sass)
+
+
+def _nvidia(cubin: bytes) -> dict[str, int | None]:
+    sass = disassemble(cubin)
+    turns = [count_instructions("\n".join(x.text for x in loop)) for loop in inner_loops(sass)]
+    return {
+        **usage(sass),
+        **count_instructions(sass),
+        "loop_instructions": min((t["instructions"] for t in turns), default=None),
+        "loop_spills": sum(t["spills"] for t in turns),
+    }
+
+
+def _amd(assembly: str) -> dict[str, int | None]:
     names = {"registers": "vgpr_count", "stack": "private_segment_fixed_size", "spills": "vgpr_spill_count"}
-    found = {key: re.search(rf"\.{name}:\s+(\d+)", assembly) for key, name in names.items()}
+    found = {**count_instructions(assembly), **_numbers(names, r"\.{}:\s+(\d+)", assembly)}
+    return {**found, "loop_instructions": None, "loop_spills": None}
+
+
+def _numbers(names: dict[str, str], pattern: str, text: str) -> dict[str, int]:
+    """Return the number that stands behind each name in a compiler's report."""
+    found = {key: re.search(pattern.format(name), text) for key, name in names.items()}
     missing = [names[key] for key, m in found.items() if m is None]
     if missing:
-        raise CodegenError(f"amdgcn metadata: expected {missing}, found none of them")
+        raise CodegenError(f"compiler's report: expected {list(names.values())}, found no {missing}")
     return {key: int(m[1]) for key, m in found.items() if m}

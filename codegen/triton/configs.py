@@ -111,13 +111,14 @@ _FLOAT_AMD = {
 }
 
 
-def choose(spec: AttentionSpec, *, descriptors: bool = True) -> dict[str, Config]:
+def choose(spec: AttentionSpec, *, descriptors: bool = True, listed: bool = False) -> dict[str, Config]:
     """Return one config per architecture for this spec, and the interpreter's.
 
-    ``descriptors`` says that sm_90 and sm_100 load keys and values by tensor descriptors.
+    ``descriptors`` says that sm_90 and sm_100 load keys and values by tensor descriptors, ``listed`` that
+    programs look their keys up in a list.
     """
-    wide = max(head_sizes(spec))
-    table = {arch: _fit(spec, arch, _pick(spec, arch, wide, descriptors)) for arch in SHARED_LIMIT}
+    wide, busy = max(head_sizes(spec)), listed or grows(spec.mask)
+    table = {arch: _fit(spec, arch, _pick(spec, arch, wide, descriptors, busy)) for arch in SHARED_LIMIT}
     return {**table, "interpreter": INTERPRETER}
 
 
@@ -127,7 +128,7 @@ def head_sizes(spec: AttentionSpec) -> tuple[int, int]:
     return sum(x.size for x in keys), sum(x.size for x in values)
 
 
-def _pick(spec: AttentionSpec, arch: str, wide: int, descriptors: bool) -> Config:
+def _pick(spec: AttentionSpec, arch: str, wide: int, descriptors: bool, busy: bool) -> Config:
     size = min(n for n in _HALF if n >= wide)
     if spec.q.dtype == torch.float32:
         config = (_FLOAT_AMD if arch.startswith("gfx") else _FLOAT)[size]
@@ -135,12 +136,12 @@ def _pick(spec: AttentionSpec, arch: str, wide: int, descriptors: bool) -> Confi
     elementwise = isinstance(spec.norm, Elementwise)
     if descriptors and arch in TMA and wide <= max(_TMA) and not elementwise:
         size = min(n for n in _TMA if n >= wide)
-        # Programs that take tiles in turns need more registers, which Blackwell has fewer of.
-        light = _is_light(spec) and not (arch == "sm_100" and grows(spec.mask))
+        # Programs that take tiles in turns or by a list need more registers, which Blackwell has fewer of.
+        light = _is_light(spec) and not (arch == "sm_100" and busy)
         config = (_TMA_LIGHT.get(size) if light else None) or _TMA[size]
         ids = any(x.per_tile and x.is_integer for x in name_inputs(spec))  # two registers each
         return replace(config, block_n=min(config.block_n, 64)) if ids else config
-    light = _is_light(spec) and not grows(spec.mask)
+    light = _is_light(spec) and not busy
     config = (_LIGHT.get(size, {}).get(arch) if light else None) or _HALF[size][arch]
     if arch == "sm_100" and elementwise:  # 64 keys spill where nothing else is kept
         return replace(config, block_n=32)

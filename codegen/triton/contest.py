@@ -7,12 +7,14 @@ plus two rounding units (the self-test of emitted files), so two of them differ 
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from attnc.codegen.triton.emit import emit
 from attnc.codegen.triton.inputs import name_inputs
 from attnc.codegen.triton.picks import Place
 from attnc.codegen.triton.store import load
+from attnc.errors import UnsupportedError
 from attnc.ir import AttentionSpec, Operand
 
 Clock = Callable[[Callable[[], object]], float]
@@ -72,6 +75,7 @@ class Contest:
     def run(self, config: Config) -> Trial:
         """Check and time a candidate; the first one that runs is what later ones are compared with."""
         with self._loaded(config) as module:
+            self._check_entry(module)
             try:
                 found = module.attend(*self.tensors)
             except _errors() as error:
@@ -85,6 +89,15 @@ class Contest:
             if off is not None:
                 return Trial(config, None, off)
             return Trial(config, self.clock(lambda: module.attend(*self.tensors)))
+
+    def _check_entry(self, module: ModuleType) -> None:
+        entry = getattr(module, "attend", None)
+        try:
+            inspect.signature(cast(Callable[..., object], entry)).bind(*self.tensors)
+        except TypeError as error:
+            raise UnsupportedError(
+                f"tune: expected a kind of kernel that runs on the tensors of a spec alone, found {self.kind}"
+            ) from error
 
     @contextmanager
     def _loaded(self, config: Config) -> Iterator[ModuleType]:

@@ -14,7 +14,10 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from attnc import logs
+from attnc.codegen.triton.bench import bench_holes
 from attnc.codegen.triton.canonical import canonical
 from attnc.codegen.triton.configs import CAPABILITIES, UNKNOWN, Config
 from attnc.codegen.triton.formulas import problem as formula_problem
@@ -22,9 +25,9 @@ from attnc.codegen.triton.heads import MOST
 from attnc.codegen.triton.inputs import FLOATS, problem
 from attnc.codegen.triton.kinds import KINDS, Kind
 from attnc.codegen.triton.pointwise import problem as pointwise_problem
-from attnc.codegen.triton.steps import overflows
+from attnc.codegen.triton.steps import WEIGHED, overflows
 from attnc.errors import CodegenError, UnsupportedError
-from attnc.ir import AttentionSpec, Elementwise, Kernel, Miss, Plan, Pointwise, SignedSoftmax
+from attnc.ir import AttentionSpec, Kernel, Miss, Plan, Pointwise, SignedSoftmax
 from attnc.masks import And, Band, Dense, Formula, Full, Mask, Not, Or, Padding, Range
 from attnc.printer import parse
 
@@ -54,9 +57,10 @@ def _obstacles(spec: AttentionSpec, node: str, kind: Kind) -> Iterator[Miss]:
         why = f"triton: expected fixed head sizes of 1 to {MOST}, found {dims}"
         yield Miss("triton-head-size", node, why)
     dtypes = {x.dtype for x in (spec.q, spec.k, spec.v)}
-    if len(dtypes) != 1 or not dtypes <= set(FLOATS):
+    mixed = kind.mixed and spec.q.dtype == spec.k.dtype == torch.float32
+    if not dtypes <= set(FLOATS) or (len(dtypes) != 1 and not mixed):
         found = ", ".join(sorted(map(str, dtypes)))
-        why = f"triton: expected q, k, v all in float16, bfloat16 or float32, found {found}"
+        why = f"triton: expected q, k, v in one of float16, bfloat16 and float32, found {found}"
         yield Miss("triton-dtype", node, why)
     if spec.dropout:
         yield Miss("triton-dropout", node, f"triton: expected dropout 0, found {spec.dropout}")
@@ -70,7 +74,7 @@ def _obstacles(spec: AttentionSpec, node: str, kind: Kind) -> Iterator[Miss]:
     if isinstance(spec.norm, SignedSoftmax) and overflows(spec.fill):
         why = f"triton: a signed softmax makes the fill {spec.fill.value} a magnitude beyond fp32 in base 2"
         yield Miss("triton-normalizer", node, why)
-    if isinstance(spec.norm, Elementwise) and (absent := pointwise_problem(Pointwise(spec.norm.expr))):
+    if isinstance(spec.norm, WEIGHED) and (absent := pointwise_problem(Pointwise(spec.norm.expr))):
         yield Miss("triton-normalizer", node, f"triton: {absent}, found {spec.norm}")
     if not _known(spec.mask, kind.places):
         over = ", ".join(kind.places)
@@ -114,7 +118,8 @@ def emit(
     if miss:
         raise UnsupportedError(f"{miss.why} (in {spec})")
     own, chosen = canonical(spec), _kind(kind)
-    holes = {"kind": kind, "arches": _arches(), **chosen.fill(own, {**chosen.choose(own), **(configs or {})})}
+    frame = {"kind": kind, "arches": _arches(), **bench_holes(own, chosen.bench)}
+    holes = {**frame, **chosen.fill(own, {**chosen.choose(own), **(configs or {})})}
     text = _render(chosen.template, holes, key="", prefix="")
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     return Kernel(name, _render(chosen.template, holes, key=key, prefix=f"{name}_"), key)
@@ -126,30 +131,40 @@ def _arches() -> str:
     return f'{{{rows}}}.get((major, minor), "{UNKNOWN}")'
 
 
-def emit_all(specs: Sequence[AttentionSpec | str], missed: Sequence[str] = ()) -> list[Kernel]:
-    """Return one kernel per different computation among ``specs`` or their texts: site_0, site_1, ..
+def emit_all(
+    specs: Sequence[AttentionSpec | str], missed: Sequence[str] = (), kinds: Sequence[str] = ("forward",)
+) -> list[Kernel]:
+    """Return one kernel of each kind per different computation among ``specs`` or their texts.
 
+    The forward kernels are called site_0, site_1, .., those of other kinds site_0_backward and so on.
     ``missed`` are reasons why other sites have no spec, for the message where there is no kernel.
 
     Raises:
         UnsupportedError: there are no specs, or none that a kernel can serve; each reason is given once.
+        CodegenError: there is no such kind.
     """
-    kernels: dict[str, Kernel] = {}
+    kernels: list[Kernel] = []
+    numbers: dict[str, int] = {}
     reasons = dict.fromkeys(missed)
     for given in specs:
         spec = parse(given) if isinstance(given, str) else given
-        miss = can_run(spec)
-        if miss is None:
-            kernel = emit(spec, name=f"site_{len(kernels)}")
-            kernels.setdefault(kernel.key, kernel)
-        else:
+        found = {kind: can_run(spec, kind) for kind in kinds}
+        for miss in filter(None, found.values()):
             log.warning("no kernel for %s: %s", spec, miss.why)
             reasons[miss.why] = None
+        served = [kind for kind, miss in found.items() if miss is None]
+        text = str(canonical(spec)) if served else ""
+        if not served or text in numbers:
+            continue
+        numbers[text] = len(numbers)
+        for kind in served:
+            name = f"site_{numbers[text]}" + (f"_{kind}" if kind != "forward" else "")
+            kernels.append(emit(spec, name=name, kind=kind))
     if not kernels:
         raise UnsupportedError(
             f"emit: expected a site that a kernel can serve, found none: {'; '.join(reasons) or 'no sites'}"
         )
-    return list(kernels.values())
+    return kernels
 
 
 def spec_of(source: str) -> AttentionSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from attnc.codegen.triton.configs import Config
 from attnc.codegen.triton.formulas import positions
 from attnc.codegen.triton.heads import Part, head_parts
 from attnc.codegen.triton.inputs import Input, atoms, name_inputs
+from attnc.codegen.triton.layout import DENSE, Layout
 from attnc.codegen.triton.pointwise import kernel_lines, reads_positions, torch_lines
 from attnc.codegen.triton.steps import (
     LEAST,
     LOG2E,
+    WEIGHED,
     fill_text,
     kernel_steps,
     overflows,
@@ -24,14 +27,25 @@ from attnc.codegen.triton.steps import (
     reference_steps,
     wide_biases,
 )
-from attnc.ir import AttentionSpec, Bias, Elementwise, Fill, Pointwise, RoundedSoftmax, SignedSoftmax
+from attnc.ir import (
+    AttentionSpec,
+    Bias,
+    Elementwise,
+    Fill,
+    Normalized,
+    Pointwise,
+    RoundedSoftmax,
+    SignedSoftmax,
+)
 from attnc.masks import Formula, Full
 from attnc.pointwise import names
 
 CASES = ((1, 1, 1, 1), (2, 2, 33, 17), (1, 2, 17, 65), (2, 1, 65, 65), (1, 2, 300, 300), (2, 2, 129, 513))
 """Batch, key/value heads, Sq and Sk of the self-test; the interpreter runs the first four."""
+TURNS = ("all_heads", "section")
+"""What a kernel is told whose programs take tiles in turns."""
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.bool: "u8"}
-_TYPES |= {torch.int64: "i64", torch.int32: "i32"}
+_TYPES |= {torch.int64: "i64", torch.int32: "i32", torch.float64: "fp64"}
 _AXES = {"b": "B", "h": "H", "q": "Sq", "k": "Sk"}
 _ROLES = {
     "bias": "added to the scores",
@@ -46,25 +60,38 @@ _ROLES = {
 
 
 def fill_holes(
-    spec: AttentionSpec, configs: dict[str, Config], *, descriptors: bool = False
+    spec: AttentionSpec, configs: dict[str, Config], *, descriptors: bool = False, layout: Layout = DENSE
 ) -> dict[str, Any]:
     """Return the value of every named hole of the frame and of the forward kernel, for a canonical spec.
 
-    ``descriptors`` says that the kernel has a second way to load keys and values, by tensor descriptors.
+    ``descriptors`` says that the kernel has a second way to load keys and values, by tensor descriptors,
+    ``layout`` how its arguments are laid out.
     """
     inputs = name_inputs(spec)
     return {
         "spec": str(spec),
         "dtype": str(spec.q.dtype).removeprefix("torch."),
+        "v_dtype": str(spec.v.dtype).removeprefix("torch."),
         "group": spec.group_size,
         "kv_head": f"h // {spec.group_size}" if spec.group_size > 1 else "h",
         "configs": [(arch, str(config)) for arch, config in configs.items()],
+        "layout": layout,
+        "lists": False,  # whether only listed pairs count
+        "given": "",  # what a call gives beside the spec's tensors
+        "height": "sk",  # how many rows of keys and values a descriptor reads
+        **_check_holes(),
         **_head_holes(spec),
-        **_input_holes(spec, inputs),
+        **_input_holes(spec, inputs, layout),
         **_score_holes(spec, inputs),
         **_loop_holes(spec, inputs, descriptors),
         **_weight_holes(spec, inputs),
     }
+
+
+def _check_holes() -> dict[str, Any]:
+    """Return how the self-test draws its inputs, starts the kernel, and names what it compares with."""
+    sampled = ["inputs = _sample(case, device)", "q, v = inputs[0], inputs[2]"]
+    return {"sampled": sampled, "launched": "launch(*inputs, out, lse)", "dense": "reference"}
 
 
 def part_names(name: str, found: tuple[Part, ...]) -> str:
@@ -108,25 +135,31 @@ def tile_of(part: Part, name: str, letter: str, rows: str) -> dict[str, Any]:
     }
 
 
-def _input_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any]:
+def _input_holes(spec: AttentionSpec, inputs: tuple[Input, ...], layout: Layout) -> dict[str, Any]:
     """Return parameters, arguments, and samples for the self-test."""
     tensors = [o.name for o in spec.captured]  # canonical names are those of the launcher
     strides = [s for x in inputs for s in x.strides()]
-    main = [f"{t}_{a}" for t, axes in (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd")) for a in axes]
-    pointers = ["q_ptr", "k_ptr", "v_ptr", *(f"{x.name}_ptr" for x in inputs), "out_ptr", "lse_ptr"]
-    rows = [
-        _row(pointers),
-        *(_row(main[i : i + 4]) for i in (0, 4, 8)),
-        *([_row(strides)] if strides else []),
-    ]
     names = ["q", "k", "v", *tensors]
     passed = ["q", "k", "v", *(x.name for x in inputs), "out", "lse"]
-    more = [_row(list(x.stride_values())) for x in inputs if x.axes]
+    parameters: list[Sequence[str]] = [
+        [f"{x}_ptr" for x in passed],
+        [f"{x}_ptr" for x in layout.lists],
+        *layout.strides(),
+        strides,
+        layout.list_strides(),
+    ]
+    arguments: list[Sequence[str]] = [
+        passed,
+        list(layout.lists),
+        [f"*{x}.stride()" for x in layout.axes],
+        *(x.stride_values() for x in inputs),
+        layout.list_stride_values(),
+    ]
     square = any(x.tensor != x.name for x in inputs)  # a tensor over tokens, read for queries and for keys
     return {
         "cases": [(b, h, max(sq, sk), max(sq, sk)) if square else (b, h, sq, sk) for b, h, sq, sk in CASES],
-        "kernel_params": rows,
-        "launch_args": [_row(passed), "*q.stride(), *k.stride(), *v.stride(),", *more],
+        "kernel_params": [_row(x) for x in parameters if x],
+        "launch_args": [_row(x) for x in arguments if x],
         "signature": ", ".join(names),
         "arguments": ", ".join(names),
         "tensors": [{"line": _describe(x)} for x in inputs],
@@ -136,7 +169,7 @@ def _input_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, An
     }
 
 
-def _row(names: list[str]) -> str:
+def _row(names: Sequence[str]) -> str:
     return ", ".join(names) + ","
 
 
@@ -191,16 +224,16 @@ def _score_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, An
         **own_functions(spec),
         "exact_tanh": spec.q.dtype == torch.float32,
         "two_log2e": repr(2 * LOG2E),
-        "steps": kernel_steps(spec.scores, inputs, base2=not isinstance(spec.norm, Elementwise)),
+        "steps": kernel_steps(spec.scores, inputs, base2=not isinstance(spec.norm, WEIGHED)),
         "step_loads": [_input(x) for x in scoring if x.per_tile],
         "early_loads": [_input(x) for x in inputs if not x.per_tile and x.role != "sink"],
         "reference_steps": reference_steps(spec.scores, inputs),
         "positions": any(isinstance(s, Pointwise) and reads_positions(s) for s in spec.scores),
-        "places": batch_and_head(spec),
+        "places": places(spec),
     }
 
 
-def batch_and_head(spec: AttentionSpec) -> dict[str, str]:
+def places(spec: AttentionSpec) -> dict[str, str]:
     """Return which of batch entry and head scores or mask read: the name in a tile, and in a program."""
     read = {n for s in spec.scores if isinstance(s, Pointwise) for n in names(s.term)}
     for atom in atoms(spec.mask):
@@ -220,7 +253,7 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: boo
     )
     given = [f"{state}, {queries}, first, n,", f"{keys}, k_n, k_d, {values}, v_n, v_d,"]
     extra = [t for x in inputs if x.role != "sink" for t in _tile_terms(x)]
-    extra += batch_and_head(spec)
+    extra += places(spec)
     given += [_row(extra)] if extra else []
     given.append("sq, sk,")
 
@@ -230,9 +263,10 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: boo
         last = f"MASKED={needs_mask}, {loads}UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,"
         return [f"{state} = _tile(", *(f"    {line}" for line in [*given, last]), ")"]
 
-    weighs, fill = not isinstance(spec.norm, Elementwise), visited(spec)
-    floor = tiles.floor(spec.mask, fill) if masked and weighs else None
+    exponential, fill = not isinstance(spec.norm, WEIGHED), visited(spec)
+    floor = tiles.floor(spec.mask, fill) if masked and exponential else None
     return {
+        "branches": True,  # a tile is computed with the mask or without it
         "descriptors": descriptors,
         "state": state,
         "tile_params": [
@@ -241,12 +275,15 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: boo
             "BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,",
         ],
         "keep": tiles.keep(spec.mask, inputs) if masked else "",
-        "fill": fill_text(spec.fill, base2=weighs),
+        "fill": fill_text(spec.fill, base2=exponential),
         "mask_loads": [_input(x) for x in inputs if x.role in ("valid", "seen", "ids") and x.per_tile],
+        "unmasked_tile": call(False),
+        "masked_tile": call(True),
         "loops": tiles.loops(spec.mask, fill, call),
         "floor": "" if floor is None else repr(floor),
         "restart": tiles.loop("0", "sk", call(True), "tl.range({}, {}, {}, num_stages=1)"),
         "grows": tiles.grows(spec.mask),
+        "turns": TURNS,
         "reference_keep": tiles.reference_keep(spec.mask, inputs) if masked else "",
         "reference_fill": reference_fill(spec.fill),
     }
@@ -260,13 +297,13 @@ def _tile_terms(x: Input) -> list[str]:
 
 
 def visited(spec: AttentionSpec) -> Fill:
-    """Return the fill by which tiles are skipped: without a sum, what a hidden score weighs alone decides.
+    """Return the fill by which tiles are skipped: without exponentials, what a hidden score weighs decides.
 
     To a signed softmax a low fill is a large magnitude.
     """
     if isinstance(spec.norm, SignedSoftmax):
         return Fill() if spec.fill.value == -math.inf else Fill(0.0)
-    if not isinstance(spec.norm, Elementwise):
+    if not isinstance(spec.norm, WEIGHED):
         return spec.fill
     settles = spec.fill.how == "replace" or spec.fill.value == -math.inf
     return Fill() if settles and spec.norm.weight(spec.fill.value) == 0.0 else Fill(0.0)
@@ -274,17 +311,34 @@ def visited(spec: AttentionSpec) -> Fill:
 
 def _weight_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, Any]:
     """Return how scores become weights: by a running softmax, or each by a function of its own."""
-    if not isinstance(spec.norm, Elementwise):
+    if not isinstance(spec.norm, WEIGHED):
         signed, rounded = (isinstance(spec.norm, x) for x in (SignedSoftmax, RoundedSoftmax))
-        return {"weigh": [], "signed": signed, "rounded": rounded, **_softmax_holes(spec, inputs)}
+        flags = {"signed": signed, "rounded": rounded, "shares": False}
+        return {"weigh": [], **flags, **_softmax_holes(spec, inputs)}
     step = Pointwise(spec.norm.expr)
     lines = kernel_lines(step, {})[1:]
     return {
         "weigh": [*lines[:-1], f"p = {lines[-1].removeprefix('s = ')}"],
         "weigh_as": spec.norm.expr,
         "reference_weigh": torch_lines(step, {}),
-        **dict.fromkeys(("signed", "rounded", "safe", "base2", "extreme", "sink"), False),
+        **dict.fromkeys(("signed", "rounded", "safe", "base2", "extreme", "sink", "shares"), False),
         "start": _empty_sums(spec),
+        **(_share_holes(spec, spec.norm) if isinstance(spec.norm, Normalized) else {}),
+    }
+
+
+def _share_holes(spec: AttentionSpec, norm: Normalized) -> dict[str, Any]:
+    """Return how weights are summed, and what they are divided by in the end."""
+    added = f" + {norm.added!r}" if norm.added else ""
+    bounded, least = norm.least != -math.inf, norm.least
+    none = [f"{x} = tl.zeros([BLOCK_M], tl.float32)" for x in "ml"]
+    return {
+        "shares": True,
+        "start": [*none, *_empty_sums(spec)],
+        "whole": f"tl.maximum(l * m{added}, {least!r})" if bounded else f"l * m{added}",
+        "reference_whole": f"(s.sum(-1, keepdim=True){added}).clamp(min={least!r})"
+        if bounded
+        else f"s.sum(-1, keepdim=True){added}",
     }
 
 
@@ -324,18 +378,15 @@ def _softmax_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, 
     }
 
 
-def argument_types(spec: AttentionSpec) -> tuple[dict[str, str], dict[str, int]]:
+def argument_types(spec: AttentionSpec, layout: Layout = DENSE) -> tuple[dict[str, str], dict[str, int]]:
     """Return triton's type of each run-time argument, and the strides that are 1 in a packed tensor."""
     inputs = name_inputs(spec)
     main = _TYPES[spec.q.dtype]
-    types = {f"{t}_ptr": f"*{main}" for t in ("q", "k", "v", "out")} | {"lse_ptr": "*fp32"}
+    types = {f"{t}_ptr": f"*{main}" for t in ("q", "k", "out")} | {"lse_ptr": "*fp32"}
+    types |= {"v_ptr": f"*{_TYPES[spec.v.dtype]}"}
     types |= {f"{x.name}_ptr": f"*{_TYPES[x.operand.dtype]}" for x in inputs}
-    types |= {f"{t}_{a}": "i32" for t, axes in (("q", "bhm"), ("k", "bhn"), ("v", "bhn")) for a in axes}
-    types |= {s: "i32" for x in inputs for s in x.strides()}
-    types |= {name: "i32" for name in ("batch", "heads", "kv_heads", "sq", "sk", "all_heads", "section")}
-    types |= {f"{t}_ptr": f"*{main}" for t in ("dout", "dq", "dk", "dv")}
-    types |= {f"{t}_ptr": "*fp32" for t in ("top", "share", "delta")}
-    types |= {f"{t}_{a}": "i32" for t in ("out", "dout") for a in "bhm"}
-    types |= {f"d_{x.name}_ptr": types[f"{x.name}_ptr"] if {*"qk"} <= {*x.axes} else "*fp32" for x in inputs}
-    ones = {f"{t}_d": 1 for t in ("q", "k", "v")} | {"out_e": 1, "dout_e": 1}
-    return types, ones | {f"{x.name}_{x.axes[-1]}": 1 for x in inputs if x.axes}
+    types |= {f"{name}_ptr": "*i32" for name in layout.lists}
+    strides = [*layout.strides(), *(x.strides() for x in inputs)]
+    ones = {x[-1]: 1 for x in strides if x}
+    numbers = [s for x in strides for s in x if s not in ones]
+    return types | dict.fromkeys((*numbers, *layout.list_strides(), *layout.sizes, *TURNS), "i32"), ones

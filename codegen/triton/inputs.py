@@ -137,8 +137,8 @@ def problem(spec: AttentionSpec) -> str | None:
             return f"the mask {o.name} is {o.dtype}, expected torch.bool"
         if x.is_integer and o.dtype not in INTEGERS:
             return f"the ids {o.name} are {o.dtype}, expected int64 or int32"
-        if not x.is_bool and not x.is_integer and o.dtype not in FLOATS:
-            return f"{o.name} is {o.dtype}, expected float16, bfloat16 or float32"
+        if not x.is_bool and not x.is_integer and o.dtype not in (*FLOATS, torch.float64):
+            return f"{o.name} is {o.dtype}, expected float16, bfloat16, float32 or float64"
     return None
 
 

@@ -22,12 +22,14 @@ from attnc.codegen.triton.pointwise import (
     least_constant,
     torch_lines,
 )
-from attnc.ir import AttentionSpec, Elementwise, Fill, Gain, Pointwise, Scale, Softcap, Step
+from attnc.ir import AttentionSpec, Bias, Elementwise, Fill, Gain, Normalized, Pointwise, Scale, Softcap, Step
 
 LOG2E = math.log2(math.e)
 FP32_MIN = torch.finfo(torch.float32).min
 LEAST = FP32_MIN / LOG2E
 """The lowest score that base 2 can hold in fp32; lower ones, which only masks have, stand for themselves."""
+WEIGHED = (Elementwise, Normalized)
+"""Normalizers that weigh by an expression of the score, which stays in natural units."""
 UNDERFLOW = 151.0
 """Base-2 distance below the maximum at which a weight is 0 in fp32: the least subnormal is 2**-149."""
 
@@ -44,10 +46,13 @@ def kernel_steps(
 
     Given ``kept``, the lines also name what derivatives need: ``t<n>``, the tanh of the soft cap at step n,
     and ``s<n>``, which times ``kept[n]`` is the score before any other step with a slope of its own.
+
+    A score may be as low as fp32 goes where a bias stands for a mask; what multiplies such a score comes
+    before base 2 then, in which it could not be told from one that stands for itself.
     """
     lines: list[str] = []
     factor, in_base2 = 1.0, not base2
-    last_cap = max((i for i, s in enumerate(steps) if isinstance(s, Softcap | Pointwise)), default=-1)
+    last_cap = max((i for i in range(len(steps)) if _is_natural(steps, i)), default=-1)
     huge = False
 
     def keep(at: int, name: str) -> None:
@@ -60,7 +65,7 @@ def kernel_steps(
             factor *= step.factor
         elif isinstance(step, Softcap):
             lines.append(f"s = _tanh({times('s', factor / step.cap)})  # {step}")
-            factor = step.cap
+            factor, huge = step.cap, False
             keep(at, "t")
         elif isinstance(step, Gain):
             keep(at, "s")
@@ -74,18 +79,26 @@ def kernel_steps(
             lines += kernel_lines(step, named, places)
             huge = huge or least_constant(step.term) < LEAST
         else:
+            bias = find(inputs, step.operand, "bhqk")
             unit = LOG2E if at > last_cap and base2 else 1.0
             scaled = times("s", factor if in_base2 else factor * unit)
             if huge and not in_base2 and unit != 1.0:
                 scaled = f"_base2({times('s', factor)})"
-            lines.append(f"s = {scaled} + {_addend(find(inputs, step.operand, 'bhqk'), step.sign, unit)}")
+            lines.append(f"s = {scaled} + {_addend(bias, step.sign, unit)}")
             factor, in_base2 = 1.0, at > last_cap or not base2
+            huge = huge or bias.operand.dtype != torch.float16
     rest = factor if in_base2 else factor * LOG2E
     if huge and not in_base2:
         lines.append(f"s = _base2({times('s', factor)})")
     elif rest != 1.0:
         lines.append(f"s = {times('s', rest)}{_why(steps, factor, in_base2)}")
     return lines
+
+
+def _is_natural(steps: Sequence[Step], at: int) -> bool:
+    """Say whether a step needs scores in natural units."""
+    biased = any(isinstance(s, Bias) for s in steps[:at])
+    return isinstance(steps[at], Softcap | Pointwise) or (biased and isinstance(steps[at], Scale | Gain))
 
 
 def _why(steps: Sequence[Step], factor: float, in_base2: bool) -> str:
@@ -154,7 +167,7 @@ def overflows(fill: Fill) -> bool:
 
 def own_functions(spec: AttentionSpec) -> dict[str, bool]:
     """Say of each function that Triton lacks whether the file has to bring it along."""
-    weighs = [Pointwise(spec.norm.expr)] if isinstance(spec.norm, Elementwise) else []
+    weighs = [Pointwise(spec.norm.expr)] if isinstance(spec.norm, WEIGHED) else []
     called = {f for s in (*spec.scores, *weighs) if isinstance(s, Pointwise) for f in called_functions(s)}
     capped = {"tanh"} if any(isinstance(s, Softcap) for s in spec.scores) else set()
     return {name: name in called | capped for name in OWN}

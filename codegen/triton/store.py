@@ -68,7 +68,16 @@ def load(kernel: Kernel, place: Path | None = None) -> ModuleType:
     Raises:
         CodegenError: the file does not import.
     """
-    name = f"attnc_kernel_{kernel.name}_{kernel.key}"
+    return _imported(kernel, place, "")
+
+
+def load_apart(kernel: Kernel, purpose: str) -> ModuleType:
+    """Import the kernel's file as a second module, whose names may be replaced for a purpose of its own."""
+    return _imported(kernel, None, f"_{purpose}")
+
+
+def _imported(kernel: Kernel, place: Path | None, suffix: str) -> ModuleType:
+    name = f"attnc_kernel_{kernel.name}_{kernel.key}{suffix}"
     if name in sys.modules:
         return sys.modules[name]
     path = keep(kernel, place)

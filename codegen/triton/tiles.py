@@ -319,15 +319,19 @@ def missed(mask: Mask, fill: Fill, view: View = KEYS) -> str:
     return " & ".join(f"(({view.at} < {lo}) | ({view.at} >= {hi}))" for lo, hi in ends)
 
 
+def _ends(span: Span, view: View, *, tag: str, previous: str | None) -> list[str]:
+    """Return the lines that set where a run begins, at the start of a tile, and where it ends."""
+    los, step = span.outer.los, view.step
+    begin = f"tl.maximum({fold('tl.maximum', los)}, 0) // {step} * {step}" if los else "0"
+    if previous:
+        begin = f"tl.maximum({begin}, tl.cdiv({previous}, {step}) * {step})"
+    return [f"lo{tag} = {begin}", f"hi{tag} = {fold('tl.minimum', (*span.outer.his, view.size))}"]
+
+
 def _parts(span: Span, view: View, *, tag: str, previous: str | None) -> tuple[list[str], list[Stretch]]:
     lo, hi, full_lo, full_hi = (f"{name}{tag}" for name in ("lo", "hi", "full_lo", "full_hi"))
     step, (title, middle) = view.step, view.title.split("|")
-    begin = (
-        f"tl.maximum({fold('tl.maximum', span.outer.los)}, 0) // {step} * {step}" if span.outer.los else "0"
-    )
-    if previous:
-        begin = f"tl.maximum({begin}, tl.cdiv({previous}, {step}) * {step})"
-    lines = [f"{lo} = {begin}", f"{hi} = {fold('tl.minimum', (*span.outer.his, view.size))}"]
+    lines = _ends(span, view, tag=tag, previous=previous)
     if span.inner is None:
         return [title.format(lo=lo, hi=hi, full=""), *lines], [(lo, hi, True)]
     start = lo
@@ -348,6 +352,17 @@ def _parts(span: Span, view: View, *, tag: str, previous: str | None) -> tuple[l
     stretches += [(start, full_hi, False), (full_hi, hi, True)]
     full = middle.format(lo=start, hi=full_hi)
     return [title.format(lo=lo, hi=hi, full=full), *lines], stretches
+
+
+def shares(mask: Mask, fill: Fill) -> tuple[list[str], list[str]]:
+    """Return the lines that set the ends of each run over keys, and the number of tiles in each as text."""
+    lines: list[str] = []
+    counts: list[str] = []
+    for at, span in enumerate(spans(mask, fill)):
+        tag = f"_{at}" if at else ""
+        lines += _ends(span, KEYS, tag=tag, previous="hi" if at else None)
+        counts.append(f"tl.cdiv(tl.maximum(hi{tag} - lo{tag}, 0), BLOCK_N)")
+    return lines, counts
 
 
 def keep(mask: Mask, inputs: tuple[Input, ...]) -> str:

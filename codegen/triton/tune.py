@@ -37,6 +37,8 @@ REGISTERS = 255
 """32-bit registers that one thread may use."""
 GAIN = 0.98
 """A pick takes at most this share of the default's time; less is noise."""
+BUSY = 1 << 29
+"""Bytes to fill before a timed run: the launch is ready before the GPU is, so its making is not measured."""
 HEADS = 32
 """Query heads to measure with where a kernel says nothing of their number."""
 
@@ -76,7 +78,8 @@ def tune(
     then is left out.  ``clock`` times a call, by default with the GPU's own events.
 
     Raises:
-        UnsupportedError: no kernel can serve the spec, or there is no GPU to measure on.
+        UnsupportedError: no kernel can serve the spec, kernels of this kind take more than the tensors of a
+            spec, or there is no GPU to measure on.
         CodegenError: the default tiles cannot run here, so there is nothing to compare with.
     """
     miss = can_run(spec, kind)
@@ -183,7 +186,7 @@ def event_clock(rounds: int = 21, warm_up: int = 3) -> Clock:
     """
     check_gpu()
     cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    flush = torch.empty(2 * cache, dtype=torch.uint8, device="cuda")
+    flush = torch.empty(max(2 * cache, BUSY), dtype=torch.uint8, device="cuda")
 
     def clock(call: Callable[[], object]) -> float:
         for _ in range(warm_up):

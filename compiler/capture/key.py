@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 PLAIN = (
     int,
@@ -64,6 +65,11 @@ def being_traced() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0  # type: ignore[no-untyped-call]
     )
+
+
+def in_forward_mode() -> bool:
+    """Say whether tensors may carry tangents: forward mode is on, as in ``torch.func.jvp``."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def harmless(hook: object) -> bool:

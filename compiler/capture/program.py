@@ -22,10 +22,13 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
+from attnc.capture.key import being_traced
 from attnc.errors import UnsupportedError
 
 OWN_BACKWARD = "attnc_own_backward"
 """Key in a graph module's meta: autograd functions of the model, whose backward a capture does not keep."""
+ATTEND_FORM = "attnc_attend_form"
+"""Key in a graph module's meta: a function that makes this program with ``attend`` nodes, not yet lowered."""
 Shapes = Sequence[Sequence[int]]
 
 
@@ -40,6 +43,8 @@ class Program:
         """
         exported.graph_module.recompile()
         self.exported = exported
+        self._model = model
+        self._differentiable: Program | None = None
         self._run = exported.graph_module.forward
         self._weights = tuple(_source(exported, model, s) for s in _weight_specs(exported))
         self._out_spec = exported.call_spec.out_spec
@@ -57,6 +62,16 @@ class Program:
             return False
         tensors = [*leaves, *(holder[name] for holder, name in self._weights)]
         return any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
+
+    def in_forward_mode(self) -> Program | None:
+        """Return the program that tangents may flow through; None if it is not made yet and a trace asks.
+
+        ``attend`` has tangents, SDPA and others that it is lowered to have not.
+        """
+        if self._differentiable is None and not being_traced():
+            make = self.exported.graph_module.meta.get(ATTEND_FORM)
+            self._differentiable = self if make is None else Program(make(), self._model)
+        return self._differentiable
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """Run on flat inputs, in the order of ``tree_leaves((args, kwargs))`` at capture."""

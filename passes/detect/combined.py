@@ -2,8 +2,9 @@
 
 The value contraction is linear in the weights, so a sum of weights with factors that do not change along the
 keys is as many attentions, scaled and added: differential attention (arXiv:2410.05258, section 2.1), and
-weights gated per head or per query. A factor that changes along the keys belongs to the values and is
-refused.
+weights gated per head or per query.  ``(a + c) @ v`` is ``a @ v + c * sum(v)`` where ``c`` does not change
+along the keys either (affine-scaled attention; forms/dense_variants, section 4.3).  A factor that does
+belongs to the values and is refused.
 """
 
 from __future__ import annotations
@@ -45,10 +46,14 @@ class Factor:
 
 @dataclass
 class Combination:
-    """Attentions over one value contraction; their sum, each times its factor and gates, is the output."""
+    """Attentions over one value contraction; their sum, each times its factor and gates, is the output.
+
+    ``flats`` are what the sum of all values is multiplied by and added.
+    """
 
     parts: tuple[Skeleton, ...]
     factors: tuple[float, ...]
+    flats: tuple[Factor, ...] = ()
 
     @property
     def anchor(self) -> Anchor:
@@ -106,71 +111,84 @@ def _read(c: Contraction, known: Mapping[fx.Node, Anchor], env: Env) -> Combinat
         return None
     out = tuple(ZERO if n == ONE else E.index(f"o{i}", n) for i, n in enumerate(shape(c.node)))
     lhs, rhs, fresh = c.operands(out, "t")
-    addends, v = _addends(lhs, known, env), rhs
-    if not addends:
-        addends, v = _addends(rhs, known, env), lhs
-    if not addends:
+    read, v = _addends(lhs, known, env), rhs
+    if not read or not read[0]:
+        read, v = _addends(rhs, known, env), lhs
+    if not read or not read[0]:
         return None
+    addends, flats = read
     name = addends[0].at.node.name
     if len({x.at for x in addends}) < len(addends):
         return Miss("weights-edited", name, "one softmax is added to itself before the values")
     summed = frozenset(g for x in fresh.values() if (g := E.only_index(x)) is not None)
-    parts = []
-    for x in addends:
-        if any(summed & set(E.indices(i)) for at in x.factor.places for i in at.index):
+    parts: list[Skeleton] = []
+    for f in (*(x.factor for x in addends), *flats):
+        if any(summed & set(E.indices(i)) for at in f.places for i in at.index):
             why = "the weights are multiplied by a tensor that changes along the keys"
             return Miss("weights-gated-by-key", name, why)
-        made = _part(c, x, known[x.at.node], v, out, summed, env)
+    for x in addends:
+        solved = _solved(c, x, known[x.at.node], v, out, summed)
+        made = solved if isinstance(solved, Miss) else _part(x, known[x.at.node], solved, env)
         if isinstance(made, Miss):
             return made
+        if not parts and isinstance(solved, Solved):
+            flats = [replace(f, places=_named(f.places, solved)) for f in flats]
         parts.append(made)
-    return Combination(tuple(parts), tuple(x.factor.number for x in addends))
+    return Combination(tuple(parts), tuple(x.factor.number for x in addends), tuple(flats))
 
 
-def _part(
-    c: Contraction,
-    x: _Addend,
-    anchor: Anchor,
-    v: At,
-    out: tuple[E.Expr, ...],
-    summed: frozenset[E.Expr],
-    env: Env,
-) -> Skeleton | Miss:
+def _solved(
+    c: Contraction, x: _Addend, anchor: Anchor, v: At, out: tuple[E.Expr, ...], summed: frozenset[E.Expr]
+) -> Solved | Miss:
     key = x.at.index[anchor.dim]
     if set(E.indices(key)) != summed or E.only_index(key) is None:
         why = "the value contraction does not sum exactly the normalized axis"
         return Miss("keys-not-summed", anchor.weights.name, why)
-    unsolved = Solved(c, (), ZERO, (), v, list(x.passed))
-    solved = name_axes(anchor, unsolved, x.at.index, key, out)
-    if isinstance(solved, Miss):
-        return solved
+    return name_axes(anchor, Solved(c, (), ZERO, (), v, list(x.passed)), x.at.index, key, out)
+
+
+def _named(places: Iterable[At], solved: Solved) -> tuple[At, ...]:
+    """Return places with the result's axes in the atoms of the weights."""
+    return tuple(At(at.node, tuple(E.substitute(i, solved.by_out) for i in at.index)) for at in places)
+
+
+def _part(x: _Addend, anchor: Anchor, solved: Solved, env: Env) -> Skeleton | Miss:
     side = score_side(anchor, env, solved)
     if isinstance(side, Miss):
         return side
-    by = solved.by_out
-    side.gates = tuple(At(at.node, tuple(E.substitute(i, by) for i in at.index)) for at in x.factor.places)
+    side.gates = _named(x.factor.places, solved)
     if x.factor.zeroed is not None:
         at, keeps = x.factor.zeroed
-        index = (E.substitute(i, by) for i in at.index)
-        side.zeroed = condition_mask(At(at.node, tuple(index)), keeps, env)
+        side.zeroed = condition_mask(_named((at,), solved)[0], keeps, env)
     side.trail.append("combined" if x.factor != Factor(1.0, (), x.factor.zeroed) else "zeroed-weights")
     return side
 
 
-def _addends(p: At, known: Mapping[fx.Node, Anchor], env: Env) -> list[_Addend] | None:
-    """Write an element as a sum of weights with factors; None if some addend is no weight."""
+def _addends(p: At, known: Mapping[fx.Node, Anchor], env: Env) -> tuple[list[_Addend], list[Factor]] | None:
+    """Write an element as a sum of weights with factors, and of tensors that are no weights."""
     out: list[_Addend] = []
+    flats: list[Factor] = []
     stack = [_Addend(p, Factor(), ())]
     while stack:
         x = stack.pop()
         if x.at.node in known:
             out.append(x)
             continue
+        if not _leads(x.at.node, known):
+            if env.carries(x.at.node) or x.factor.zeroed is not None:
+                return None
+            flats.append(replace(x.factor, places=(*x.factor.places, x.at)))
+            continue
+        plus = _plus_number(x, env)
+        if plus is not None:
+            stack.append(plus[0])
+            flats.append(plus[1])
+            continue
         below = _below(x, known, env)
         if below is None or len(stack) + len(out) > _FAR:
             return None
         stack += reversed(below)
-    return out
+    return out, flats
 
 
 def _below(x: _Addend, known: Mapping[fx.Node, Anchor], env: Env) -> list[_Addend] | None:
@@ -198,6 +216,24 @@ def _below(x: _Addend, known: Mapping[fx.Node, Anchor], env: Env) -> list[_Adden
     if name not in ("mul", "div") or node.kwargs.get("rounding_mode"):
         return None
     return _scaled(x, passed, known, env)
+
+
+def _plus_number(x: _Addend, env: Env) -> tuple[_Addend, Factor] | None:
+    """Return the tensor and the number that an element is the sum of, None if it is no such sum."""
+    node = x.at.node
+    if base_name(node) not in ("add", "sub") or argument(node, 2, "alpha", 1) != 1:
+        return None
+    tensor, other = node.args[:2]
+    if not _is_tensor(tensor):
+        tensor, other = other, tensor
+    number = env.scalar(other)
+    if number is None or not _is_tensor(tensor) or x.factor.zeroed is not None:
+        return None
+    subtracted = base_name(node) == "sub"
+    if subtracted and tensor is not node.args[0]:
+        return None
+    below = _Addend(step_into(x.at, tensor), x.factor, (*x.passed, node))
+    return below, _times(x.factor, -number if subtracted else number)
 
 
 def _scaled(

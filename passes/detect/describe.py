@@ -15,6 +15,7 @@ from attnc.expr import Expr
 from attnc.ir import AttentionSpec, Bias, Match, Miss, Operand, Pointwise, Scale, Site, Softcap, Step
 from attnc.passes.detect.draft import Draft, Refusal
 from attnc.passes.detect.env import Env
+from attnc.passes.detect.finite import is_total
 from attnc.passes.detect.found import Found, Making
 from attnc.passes.detect.graph import argument, base_name, module_path, shape, source_line, tensor_of
 from attnc.passes.detect.layout import Recipe, digits, from_roles, size_of, to_roles
@@ -22,7 +23,7 @@ from attnc.passes.detect.region import region_of
 from attnc.passes.detect.roles import Atoms, Candidate, Roles, assign, choose
 from attnc.passes.detect.sites import Skeleton
 from attnc.passes.detect.steps import as_rounded, write_mask, write_norm, write_steps
-from attnc.pointwise import Call, parse_term
+from attnc.pointwise import parse_term
 from attnc.sizes import show_dim
 
 
@@ -120,29 +121,8 @@ def _makes_no_nan(step: Step, hidden: bool) -> bool:
         case Scale(factor):
             return factor > 0 or not hidden
         case Pointwise(expr):
-            return _is_total(parse_term(expr), hidden)
+            return is_total(parse_term(expr), hidden)
     return not hidden
-
-
-_BOUNDED = frozenset({"tanh", "sigmoid", "relu", "maximum", "minimum", "atan", "erf", "elu"})
-"""Functions that are finite at every finite number, and finite or -inf at -inf."""
-
-
-def _is_total(term: Call | str | float, hidden: bool) -> bool:
-    match term:
-        case float():
-            return math.isfinite(term) or term == -math.inf
-        case str():
-            return True
-        case Call("where", (_, x, y)):
-            return _is_total(x, hidden) and _is_total(y, hidden)
-        case Call("add", (x, y)):
-            return _is_total(x, hidden) and _is_total(y, hidden)
-        case Call("mul", (x, float(y))) if math.isfinite(y):
-            return _is_total(x, hidden) and (y > 0 or not hidden)
-        case Call(op, args) if op in _BOUNDED:
-            return all(_is_total(a, hidden) for a in args)
-    return False
 
 
 def finish(

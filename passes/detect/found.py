@@ -62,14 +62,23 @@ class Term:
 
 
 @dataclass(frozen=True, slots=True)
+class Flat:
+    """The sum of all values, times ``number`` and ``gates``, as in ``Term``."""
+
+    values: Making
+    number: float = 1.0
+    gates: tuple[Recipe, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
     """A match and its recipes, all in names of the working graph.
 
     ``operands`` has q, k, v; ``captured`` one entry per ``match.spec.captured``; ``result`` turns the
     canonical output into the value of ``match.output``. ``fused`` says that the user's graph already calls a
     fused op here, ``improves`` that the spec knows more than that call.  With ``terms`` the output is their
-    sum, and spec, operands and captured are those of the first.  ``others`` are the anchors of further
-    normalizers that the site stands for: the turns of a loop, or the terms of a sum.
+    sum, and spec, operands and captured are those of the first; ``flats`` are added to it.  ``others`` are
+    the anchors of further normalizers that the site stands for: the turns of a loop, or the terms of a sum.
     """
 
     match: Match
@@ -80,6 +89,7 @@ class Found:
     fused: bool = False
     improves: bool = False
     terms: tuple[Term, ...] = ()
+    flats: tuple[Flat, ...] = ()
     others: tuple[str, ...] = ()
 
     @property
@@ -88,4 +98,5 @@ class Found:
         out = [*self.operands.values(), *self.captured.values()]
         for t in self.terms:
             out += [*t.operands.values(), *t.captured.values(), *t.gates]
+        out += [x for f in self.flats for x in (f.values, *f.gates)]
         return tuple(out)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from torch import fx
 
 from attnc.ir import Miss
 from attnc.passes.detect.contraction import Contraction
-from attnc.passes.detect.env import Env, RawBias, RawGain, RawPointwise, step_into
+from attnc.passes.detect.env import Env, RawBias, RawGain, RawMask, RawMod, RawPointwise, step_into
+from attnc.passes.detect.finite import is_total
 from attnc.passes.detect.graph import base_name, inputs
-from attnc.passes.detect.norms.elementwise import Weighing, weighing
+from attnc.passes.detect.norms.elementwise import Weighing, weighings
 from attnc.passes.detect.scores.fill import condition_mask
 from attnc.passes.detect.sites import Pieces, Skeleton, skeleton
 from attnc.passes.detect.views import At
+from attnc.pointwise import text
 
 _KNOWN = {
     "sigmoid": "sigmoid",
@@ -43,8 +46,11 @@ def unnormalized(graph: fx.Graph, env: Env, taken: frozenset[str]) -> list[Skele
 
 
 def _read(c: Contraction, operand: fx.Node, chain: list[fx.Node], env: Env) -> Skeleton | Miss:
-    found = weighing(c, operand, env)
-    site = None if found is None else skeleton(found.anchor, env)
+    found, site = None, None
+    for found in weighings(c, operand, env):
+        site = skeleton(found.anchor, env)
+        if isinstance(site, Skeleton):
+            break
     if found is not None and isinstance(site, Skeleton):
         threshold = _threshold(site)
         if threshold is None:
@@ -70,14 +76,26 @@ def _read(c: Contraction, operand: fx.Node, chain: list[fx.Node], env: Env) -> S
     return Miss("not-softmax", c.node.name, why)
 
 
-def _with_zeros(s: Skeleton, found: Weighing, env: Env) -> Skeleton:
+def _with_zeros(s: Skeleton, found: Weighing, env: Env) -> Skeleton | Miss:
     """Add the mask that zeroes weights as one that hides scores; the function gives those zero."""
     if found.zeroed is None:
         return s
+    if found.guarded and not all(map(_stays_finite, s.mods)):
+        why = "weights are zeroed by a mask, and a score of -inf from elsewhere would not weigh zero"
+        return Miss("not-softmax", s.anchor.weights.name, why)
     node, condition, keeps = found.zeroed
     s.mods.append(condition_mask(step_into(At(node, s.weights), condition), keeps, env))
     s.trail.append("zeroed-weights")
     return s
+
+
+def _stays_finite(mod: RawMod) -> bool:
+    """Say whether a step makes no -inf of finite scores, whatever the tensors that it reads hold."""
+    if isinstance(mod, RawMask):
+        return math.isfinite(mod.value)
+    if isinstance(mod, RawPointwise):
+        return not mod.sides and is_total(mod.term) and "-inf" not in text(mod.term)
+    return not isinstance(mod, RawBias)
 
 
 def _threshold(s: Skeleton) -> fx.Node | None:

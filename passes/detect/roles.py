@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import fx
 
 from attnc import expr as E
 from attnc.expr import Expr
 from attnc.ir import Miss
 from attnc.passes.detect.env import Env, RawBias, RawGain, RawMask, RawMod, RawPointwise, step_into
-from attnc.passes.detect.graph import base_name
+from attnc.passes.detect.graph import base_name, is_float_cast, tensor_of
 from attnc.passes.detect.layout import digits
 from attnc.passes.detect.sites import Skeleton
 from attnc.passes.detect.views import At, stepped
@@ -53,11 +54,13 @@ class Candidate:
     skipped: tuple[fx.Node, ...]
 
 
-def candidates(at: At, env: Env, factors: bool = True) -> tuple[list[Candidate], int]:
+def candidates(
+    at: At, env: Env, factors: bool = True, narrow: torch.dtype | None = None
+) -> tuple[list[Candidate], int]:
     """Return the places along the chain of views above an operand, and which is the first past all copies.
 
     The number is the position behind the last op that repeats elements or, if ``factors`` says that they may
-    be passed, multiplies by a constant.
+    be passed, multiplies by a constant; or that makes fp32 of ``narrow``.
     """
     out, past = [Candidate(at, 1.0, ())], 0
     while len(out) < 40:
@@ -67,12 +70,43 @@ def candidates(at: At, env: Env, factors: bool = True) -> tuple[list[Candidate],
             out.append(Candidate(step[0], last.factor, (*last.skipped, last.at.node)))
             past = len(out) - 1 if step[1] else past
             continue
+        if narrow is not None and _widens(last.at.node, narrow):
+            there = step_into(last.at, last.at.node.args[0])
+            out.append(Candidate(there, last.factor, (*last.skipped, last.at.node)))
+            past = len(out) - 1
+            continue
         scaled = _constant_factor(last.at, env) if factors else None
         if scaled is None:
             return out, past
         out.append(Candidate(scaled[0], last.factor * scaled[1], (*last.skipped, last.at.node)))
         past = len(out) - 1
     return out, past
+
+
+def _widens(node: fx.Node, narrow: torch.dtype) -> bool:
+    """Say whether the node makes fp32 of a tensor of dtype ``narrow``, on its device."""
+    source = node.args[0] if is_float_cast(node) else None
+    here, there = tensor_of(node), tensor_of(source) if isinstance(source, fx.Node) else None
+    if here is None or there is None:
+        return False
+    return (here.dtype, there.dtype, here.device) == (torch.float32, narrow, there.device)
+
+
+def _before_widening(s: Skeleton, env: Env) -> torch.dtype | None:
+    """Return the half precision of the values if q and k had it too, before their product in fp32.
+
+    A spec computes scores of half operands in fp32, so such operands are read where they are narrow.
+    """
+    values = tensor_of(s.v.node)
+    narrow = None if values is None else values.dtype
+    if narrow not in (torch.float16, torch.bfloat16):
+        return None
+    for at in (s.q, s.k):
+        places = (c.at.node for c in candidates(at, env, narrow=narrow)[0])
+        found = ((tensor_of(n), env.usable(n)) for n in places)
+        if not any(usable and t is not None and t.dtype == narrow for t, usable in found):
+            return None
+    return narrow
 
 
 def _constant_factor(at: At, env: Env) -> tuple[At, float] | None:
@@ -143,10 +177,11 @@ def choose(s: Skeleton, env: Env) -> dict[str, list[Candidate]] | Miss:
     Atoms of the skeleton are cut where that needs it.  Further places on the same chain follow the first.
     """
     refine_all(s, _cuts_beside(s))
+    narrow = _before_widening(s, env)
     chosen: dict[str, list[Candidate]] = {}
     for name in ("k", "v", "q"):
         at: At = getattr(s, name)
-        every, past = candidates(at, env, factors=name != "v")
+        every, past = candidates(at, env, factors=name != "v", narrow=narrow if name != "v" else None)
         beyond = [c for c in every[past:] if env.usable(c.at.node)]
         before = [c for c in reversed(every[:past]) if env.usable(c.at.node)]
         for i, c in enumerate((*beyond, *before)):

@@ -89,7 +89,8 @@ class Pieces:
 def skeletons(graph: fx.Graph, env: Env) -> list[Skeleton | Pieces | Miss]:
     """Return a skeleton (or its pieces) or a Miss for every normalizer that touches a scores contraction.
 
-    They come in node order, one family of normalizers after the other.
+    They come in node order, one family of normalizers after the other.  A normalizer that is no site but a
+    part of another, as the softmax of signed weights is, gives none.
     """
     out: list[Skeleton | Pieces | Miss] = []
     for finder in NORM_FINDERS:
@@ -97,7 +98,8 @@ def skeletons(graph: fx.Graph, env: Env) -> list[Skeleton | Pieces | Miss]:
             found = skeleton(anchor, env)
             if found is not None:
                 out.append(found)
-    return out
+    inner = {n.name for s in out if isinstance(s, Skeleton) for n in s.anchor.inner}
+    return [s for s in out if not (isinstance(s, Miss) and s.node in inner)]
 
 
 def skeleton(anchor: Anchor, env: Env) -> Skeleton | Pieces | Miss | None:

@@ -8,7 +8,7 @@ from attnc.ir import Miss
 from attnc.passes.detect.combined import Combination
 from attnc.passes.detect.describe import Written, finish, write
 from attnc.passes.detect.env import Env
-from attnc.passes.detect.found import Found, Term
+from attnc.passes.detect.found import Flat, Found, Term
 from attnc.passes.detect.layout import Recipe, to_roles
 from attnc.passes.detect.views import At, stepped
 
@@ -31,9 +31,16 @@ def describe_combination(c: Combination, env: Env, name: str) -> Found | Miss:
     if any(w.result != first.result or w.spec.v != first.spec.v for w in written):
         why = "the weights that are added before the values are laid out differently"
         return Miss("terms-differ", c.anchor.weights.name, why)
-    reads = {n for t in terms for g in t.gates for n in g.reads}
+    flats: list[Flat] = []
+    for f in c.flats:
+        gates = [_gate(at, first, env) for at in f.places]
+        if any(isinstance(g, Miss) for g in gates):
+            return next(g for g in gates if isinstance(g, Miss))
+        flats.append(Flat(first.operands["v"], f.number, tuple(g for g in gates if isinstance(g, Recipe))))
+    factors = [*(t.gates for t in terms), *(f.gates for f in flats)]
+    reads = {n for kept in factors for g in kept for n in g.reads}
     found = finish(written, c.parts[0], name, reads=reads)
-    return replace(found, terms=tuple(terms))
+    return replace(found, terms=tuple(terms), flats=tuple(flats))
 
 
 def _gate(at: At, w: Written, env: Env) -> Recipe | Miss:

@@ -14,7 +14,7 @@ from attnc.editing import Builder, SharedMemory, erase
 from attnc.errors import RewriteError
 from attnc.expr import Expr
 from attnc.ir import AttentionSpec, Miss
-from attnc.passes.detect.found import Computed, Found, Joined, Making, Term
+from attnc.passes.detect.found import Computed, Flat, Found, Joined, Making, Term
 from attnc.passes.detect.graph import reads_size_only, strides
 from attnc.passes.detect.layout import Recipe
 from attnc.passes.rewrite.predicates import emit
@@ -140,7 +140,7 @@ class Rewriter:
         out = self.replaceable(found.match.output)
         like = self.nodes.get(self.moments.get(found.anchor, ""), out)
         b = self.build.before(out, stamp, like)
-        value = self._sum(found.terms or (Term(spec, found.operands, found.captured),))
+        value = self._sum(found.terms or (Term(spec, found.operands, found.captured),), found.flats)
         value = b.apply(value, found.result.steps)
         was = out.meta["val"]
         if value.meta["val"].dtype != was.dtype:
@@ -162,23 +162,27 @@ class Rewriter:
         self._assert_gone(found, out)
         return value.name
 
-    def _sum(self, terms: Sequence[Term]) -> fx.Node:
-        """Return the sum of attentions ``[B, H, Sq, Dv]``, each times its number and gates."""
-        values = []
-        for t in terms:
-            value = self._attend(t)
-            dtype = value.meta["val"].dtype
-            for g in t.gates:
-                gate = self._made(g, None)
-                gate = (
-                    gate if gate.meta["val"].dtype == dtype else self.build.call(aten.to.dtype, gate, dtype)
-                )
-                value = self.build.call(aten.mul.Tensor, value, gate)
-            values.append(value if t.number == 1.0 else self.build.call(aten.mul.Tensor, value, t.number))
+    def _sum(self, terms: Sequence[Term], flats: Sequence[Flat]) -> fx.Node:
+        """Return the sum of attentions and flat terms ``[B, H, Sq, Dv]``, each times its number and gates."""
+        values = [self._gated(self._attend(t), t) for t in terms]
+        for f in flats:
+            total = self.build.call(aten.sum.dim_IntList, self._made(f.values, None), [2], True)
+            if terms[0].spec.group_size > 1:
+                total = self.build.call(aten.repeat_interleave.self_int, total, terms[0].spec.group_size, 1)
+            values.append(self._gated(total, f))
         out = values[0]
         for value in values[1:]:
             out = self.build.call(aten.add.Tensor, out, value)
         return out
+
+    def _gated(self, value: fx.Node, t: Term | Flat) -> fx.Node:
+        """Return a term times its gates and its number, in the term's dtype."""
+        dtype = value.meta["val"].dtype
+        for g in t.gates:
+            gate = self._made(g, None)
+            gate = gate if gate.meta["val"].dtype == dtype else self.build.call(aten.to.dtype, gate, dtype)
+            value = self.build.call(aten.mul.Tensor, value, gate)
+        return value if t.number == 1.0 else self.build.call(aten.mul.Tensor, value, t.number)
 
     def _attend(self, t: Term) -> fx.Node:
         """Return the output ``[B, H, Sq, Dv]`` of one ``attend`` node."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from attnc.codegen.flex.blocks import FULL, MIXED, SKIP, classify
 from attnc.codegen.flex.source import source
 from attnc.codegen.sdpa.lower import _keep
 from attnc.codegen.triton import tiles
@@ -17,6 +16,7 @@ from attnc.codegen.triton.emit import can_run
 from attnc.codegen.triton.inputs import name_inputs
 from attnc.editing import Builder
 from attnc.ir import AttentionSpec, Operand
+from attnc.mask_tiles import FULL, MIXED, SKIP, classify
 from attnc.masks import Grid
 from attnc.printer import parse_mask
 
@@ -89,7 +89,7 @@ def test_flex_text_and_tiles(text):
     keep = expected(spec, data)
     assert torch.equal(whole.expand(B, H, SQ, SK), keep)
     for block in (2, 4, 5):
-        found = classify(spec.mask, SQ, SK, block)
+        found = classify(spec.mask, SQ, SK, (block, block))
         for i in range(found.shape[0]):
             for j in range(found.shape[1]):
                 tile = keep[..., i * block : (i + 1) * block, j * block : (j + 1) * block]
@@ -98,7 +98,7 @@ def test_flex_text_and_tiles(text):
 
 
 def test_flex_skips_what_chunks_hide():
-    found = classify(parse_mask("(causal & chunk(4))"), 12, 12, 4)
+    found = classify(parse_mask("(causal & chunk(4))"), 12, 12, (4, 4))
     assert found.tolist() == [[MIXED, SKIP, SKIP], [SKIP, MIXED, SKIP], [SKIP, SKIP, MIXED]]
 
 

@@ -14,6 +14,7 @@ from attnc.ir import (
     Elementwise,
     Fill,
     Gain,
+    Normalized,
     Operand,
     Pointwise,
     RoundedSoftmax,
@@ -78,6 +79,8 @@ CASES = {
     "rounded": make_spec(mask=CAUSAL, norm=RoundedSoftmax()),
     "signed": make_spec(mask=CAUSAL, norm=SignedSoftmax()),
     "elementwise": make_spec(mask=CAUSAL, norm=Elementwise("(square(relu(s))/7.0)")),
+    "normalized": make_spec(mask=CAUSAL, norm=Normalized("where((s==-inf),0.0,((1.0+s)+(square(s)/2.0)))")),
+    "normalized-bounded": make_spec(mask=CAUSAL, norm=Normalized("relu(s)", added=0.01, least=0.5)),
     "sink": make_spec(mask=CAUSAL, norm=Softmax(sink="sink"), captured=capture(sink=True)),
     "sink-number": make_spec(norm=Softmax(sink=0.0)),
 }
@@ -132,7 +135,7 @@ def test_gradients_are_those_of_the_executed_spec(name: str) -> None:
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", ["causal", "softcap-bias", "sink"])
+@pytest.mark.parametrize("name", ["causal", "softcap-bias", "sink", "normalized", "normalized-bounded"])
 def test_gradcheck_in_fp64(name: str) -> None:
     spec = CASES[name]
     q, k, v, captured = draw(spec, grad=True, b=1, sq=2, sk=3)

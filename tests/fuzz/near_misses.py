@@ -327,4 +327,34 @@ NEAR_MISSES: dict[str, NearMiss] = {
         WRITTEN | {"mask": "causal"}, mask="keep = keep.clone()", scores="keep.logical_not_()"
     ),
     "written_output": miss(WRITTEN | {"output": "bhse"}, out="out[:, :, :1] = 0.0"),
+    # ------------------------------------------------ weights divided by their own sum
+    "taylor": miss(
+        NORMALIZED | {"fill": "small|big"}, instead="u = 1 + w + w * w / 2; w = u / u.sum(-1, keepdim=True)"
+    ),
+    "taylor_hidden_after": miss(
+        NORMALIZED | UNMASKED,
+        instead="late = torch.ones(w.shape[-2:], dtype=torch.bool).triu(1); "
+        "u = (1 + w + w * w / 2).masked_fill(late, 0.0); w = u / u.sum(-1, keepdim=True)",
+    ),
+    "taylor_hidden_twice": miss(
+        NORMALIZED_4 | {"fill": "inf", "mask": "causal|padding|window"},
+        instead="late = torch.ones(w.shape[-2:], dtype=torch.bool).triu(1); "
+        "u = (1 + w + w * w / 2).masked_fill(late, 0.0); w = u / u.sum(-1, keepdim=True)",
+    ),
+    "shares_of_rectified": miss(NORMALIZED, instead="u = w.relu(); w = u / (1 + u.sum(-1, keepdim=True))"),
+    "shares_over_queries": miss(NORMALIZED, instead="u = w.relu(); w = u / (1 + u.sum(-2, keepdim=True))"),
+    "shares_of_another": miss(
+        NORMALIZED, instead="w = w.sigmoid() / (w * 0.5).sigmoid().sum(-1, keepdim=True)"
+    ),
+    "shares_late": miss(
+        NORMALIZED, instead="w = F.softplus(w) + 1", values="out = (w @ v) / w.sum(-1, keepdim=True)"
+    ),
+    "shares_late_by_flipped_rows": miss(
+        NORMALIZED, instead="w = F.softplus(w) + 1", values="out = (w @ v) / w.sum(-1, keepdim=True).flip(-2)"
+    ),
+    "weights_affine_by_row": miss(
+        NORMALIZED | UNMASKED,
+        instead="more = w.mean(-1, keepdim=True); w = w.softmax(-1) * 0.5",
+        weights="w = w + more",
+    ),
 }  # fmt: skip

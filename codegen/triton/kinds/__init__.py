@@ -1,9 +1,10 @@
 """The kinds of kernels, one file each, listed here."""
 
-from attnc.codegen.triton.kinds import backward, forward
+from attnc.codegen.triton.kinds import backward, blocks, decode, forward, paged, varlen
 from attnc.codegen.triton.kinds.kind import TARGETS, Kind, Program
 
-KINDS = {kind.name: kind for kind in (forward.KIND, backward.KIND)}
+_ALL = (forward, backward, decode, paged, blocks, varlen)
+KINDS: dict[str, Kind] = {module.KIND.name: module.KIND for module in _ALL}
 """Every kind by its name."""
 
 __all__ = ["KINDS", "TARGETS", "Kind", "Program"]

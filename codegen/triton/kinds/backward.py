@@ -11,12 +11,26 @@ from __future__ import annotations
 
 from attnc.codegen.triton.backward import extra_kernels, fill_holes
 from attnc.codegen.triton.configs import choose_backward
-from attnc.codegen.triton.kinds.kind import Kind, Program
+from attnc.codegen.triton.holes import argument_types
+from attnc.codegen.triton.inputs import name_inputs
+from attnc.codegen.triton.kinds.kind import Kind, Program, Types
 from attnc.ir import AttentionSpec, Elementwise, RoundedSoftmax, SignedSoftmax, Softmax
 
 
 def _more(spec: AttentionSpec) -> tuple[Program, ...]:
     return tuple(Program(name) for name in extra_kernels(spec))
+
+
+def _types(spec: AttentionSpec) -> Types:
+    types, ones = argument_types(spec)
+    main = types["q_ptr"]
+    types |= dict.fromkeys(("dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr"), main)
+    types |= dict.fromkeys(("top_ptr", "share_ptr", "delta_ptr"), "*fp32")
+    types |= {f"{t}_{a}": "i32" for t in ("out", "dout") for a in "bhm"}
+    types |= dict.fromkeys(("batch", "kv_heads"), "i32")
+    for x in name_inputs(spec):  # gradients of pairs are written as they are, others are summed in fp32
+        types[f"d_{x.name}_ptr"] = types[f"{x.name}_ptr"] if {*"qk"} <= {*x.axes} else "*fp32"
+    return types, ones | {"out_e": 1, "dout_e": 1}
 
 
 KIND = Kind(
@@ -28,4 +42,5 @@ KIND = Kind(
     norms=(Softmax, SignedSoftmax, RoundedSoftmax, Elementwise),
     places="qkhb",
     more=_more,
+    types=_types,
 )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from attnc.codegen.triton.bench import TOKENS
 from attnc.codegen.triton.configs import TMA, choose
 from attnc.codegen.triton.holes import fill_holes
 from attnc.codegen.triton.kinds.kind import Configs, Kind, Program
-from attnc.ir import AttentionSpec, Elementwise, RoundedSoftmax, SignedSoftmax, Softmax
+from attnc.ir import AttentionSpec, Elementwise, Normalized, RoundedSoftmax, SignedSoftmax, Softmax
 
 _POINTERS = {"UPCAST": False, "DESCRIPTORS": False}
 
@@ -30,6 +31,8 @@ KIND = Kind(
         Program(constants={**_POINTERS, "DESCRIPTORS": True}, targets=TMA, variant="descriptors"),
         Program(configs="POINTERS", constants=_POINTERS, targets=TMA, variant="pointers"),
     ),
-    norms=(Softmax, SignedSoftmax, RoundedSoftmax, Elementwise),
+    norms=(Softmax, SignedSoftmax, RoundedSoftmax, Elementwise, Normalized),
     places="qkhb",
+    mixed=True,
+    bench=(TOKENS, TOKENS),
 )

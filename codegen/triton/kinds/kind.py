@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from attnc.codegen.triton.configs import Config
+from attnc.codegen.triton.holes import argument_types
 from attnc.ir import AttentionSpec, Elementwise, Miss, SignedSoftmax, Softmax
 
 Configs = dict[str, Config]
 """Tiles by architecture: ``sm_80``, ``sm_86``, ``sm_90``, ``sm_100``, ``gfx942``, ``interpreter``."""
+Types = tuple[dict[str, str], dict[str, int]]
+"""Triton's type of each run-time argument, and the strides that are 1 in a packed tensor."""
 
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -40,7 +43,9 @@ class Kind:
     ``template`` lies in ``templates/``; ``choose`` gives the default tiles of a canonical spec and ``fill``
     the value of each hole; ``obstacles`` yields what stands against it beside what no kernel can do, for a
     spec and the node to blame.  ``norms`` are the normalizers whose weights it computes, and ``places`` the
-    positions that its expressions and masks may compute with (``head`` and ``batch`` in its tile).
+    positions that its expressions and masks may compute with (``head`` and ``batch`` in its tile).  ``mixed``
+    says that values may be in half precision beside queries and keys in fp32.  ``bench`` gives the queries
+    and keys with which a file times itself, None where it does not.  ``types`` names what its kernels take.
     ``more`` are programs that only some specs have.
     """
 
@@ -52,4 +57,7 @@ class Kind:
     programs: tuple[Program, ...] = (Program(),)
     norms: tuple[type, ...] = (Softmax, SignedSoftmax, Elementwise)
     places: str = "qk"
+    mixed: bool = False
+    bench: tuple[int, int] | None = None
+    types: Callable[[AttentionSpec], Types] = argument_types
     more: Callable[[AttentionSpec], tuple[Program, ...]] = lambda spec: ()

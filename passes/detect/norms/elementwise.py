@@ -1,21 +1,24 @@
-"""Anchors without a normalizer: the values are weighted by a function of each score alone.
+"""Anchors without a softmax: the values are weighted by a function of each score alone.
 
 The weights are followed back from the value contraction to the first function that is not linear; it and what
 lies between it and the values (a division by the number of keys, a square) is the function, what lies below
-it are score steps. Source: Sigmoid self-attention (arXiv:2409.04431), section 3.
+it are score steps.  A division by the row's own sum is found by ``shares``.
+Source: Sigmoid self-attention (arXiv:2409.04431), section 3.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import fx
 
 from attnc import expr as E
-from attnc.ir import Elementwise
+from attnc.ir import Elementwise, Normalized
 from attnc.passes.detect.contraction import Contraction
 from attnc.passes.detect.env import Env, Peeled, step_into
 from attnc.passes.detect.graph import base_name, inputs, is_float_cast, shape
+from attnc.passes.detect.norms import shares
 from attnc.passes.detect.norms.anchor import Anchor, anywhere
 from attnc.passes.detect.scores import views
 from attnc.passes.detect.scores.elementwise import as_call
@@ -27,21 +30,82 @@ from attnc.pointwise import SCORE, Call, rename, text
 
 @dataclass(frozen=True, slots=True)
 class Weighing:
-    """An anchor, and what zeroes its weights: where that is read, the condition, whether a true one keeps."""
+    """An anchor, and what zeroes its weights: where that is read, the condition, whether a true one keeps.
+
+    ``guarded`` says that the function would not vanish at a score of -inf, and was given a choice that does.
+    """
 
     anchor: Anchor
     zeroed: tuple[fx.Node, fx.Node, bool] | None = None
+    guarded: bool = False
 
 
-def weighing(values: Contraction, operand: fx.Node, env: Env) -> Weighing | None:
-    """Return the anchor if ``operand`` of a contraction is a function of single scores, None if it is not."""
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """Weights as a function of the score: the term, the score's node, what zeroes them, nodes between."""
+
+    term: Call | str | float
+    scores: fx.Node
+    zeroed: tuple[fx.Node, fx.Node, bool] | None
+    through: tuple[fx.Node, ...]
+
+    def same_as(self, other: _Weights) -> bool:
+        """Say whether both compute the same."""
+        mine, others = ((w.term, w.scores, w.zeroed and w.zeroed[1:]) for w in (self, other))
+        return mine == others
+
+    def guarded(self) -> Call | str | float:
+        """Return the function with 0 at a score of -inf."""
+        return Call("where", (Call("eq", (SCORE, -math.inf)), 0.0, self.term))
+
+
+def weighings(values: Contraction, operand: fx.Node, env: Env) -> list[Weighing]:
+    """Return what ``operand`` of a contraction may be as a function of single scores, the best first.
+
+    Where the weights are divided by their own sum, that is part of it.
+    """
     place = _outermost(values, operand)
     if place is None:
-        return None
+        return []
     node, dim = place
-    at = At(node, anywhere(node))
+    share = shares.early(node, dim)
+    if share is not None:
+        weights, summed = _weights(share.weights, env), _weights(share.summed, env)
+        if weights is None or summed is None or not weights.same_as(summed):
+            return []
+        inner = (*share.passed, node, share.weights, *weights.through, *summed.through)
+        return [_weighing(node, dim, weights, tuple(dict.fromkeys(inner)), share)]
+    weights = _weights(node, env)
+    if weights is None:
+        return []
+    late = [
+        _weighing(node, dim, weights, (*weights.through, *share.passed), share)
+        for share in shares.late(node, dim)
+    ]
+    return [*late, _weighing(node, dim, weights, weights.through, None)]
+
+
+def _weighing(
+    node: fx.Node, dim: int, weights: _Weights, inner: tuple[fx.Node, ...], share: shares.Share | None
+) -> Weighing:
+    """Return the anchor of weights at ``node``; with ``share`` they are divided by their sum at some time."""
+
+    def norm(term: Call | str | float) -> Elementwise | Normalized:
+        if share is None:
+            return Elementwise(text(term))
+        return Normalized(text(term), share.added, share.least)
+
+    found = norm(weights.term)
+    guarded = weights.zeroed is not None and not found.hides
+    found = norm(weights.guarded()) if guarded else found
+    anchor = Anchor(node, weights.scores, dim, found, inner, None if share is None else share.denominator)
+    return Weighing(anchor, weights.zeroed, guarded)
+
+
+def _weights(node: fx.Node, env: Env) -> _Weights | None:
+    """Return the weights at ``node`` as a function of the score, None if they are none."""
+    at, passed = At(node, anywhere(node)), list[fx.Node]()
     zeroed = zeroes(node, env)
-    passed: list[fx.Node] = []
     if zeroed is not None:
         passed.append(node)
         at = At(zeroed[0], at.index)
@@ -49,11 +113,8 @@ def weighing(values: Contraction, operand: fx.Node, env: Env) -> Weighing | None
     if made is None:
         return None
     term, scores, through = made
-    norm = Elementwise(text(term))
-    if zeroed is not None and not norm.hides:
-        return None
-    anchor = Anchor(node, scores, dim, norm, (*passed, *through))
-    return Weighing(anchor, None if zeroed is None else (node, zeroed[1], zeroed[2]))
+    where = None if zeroed is None else (node, zeroed[1], zeroed[2])
+    return _Weights(term, scores, where, (*passed, *through))
 
 
 def _outermost(values: Contraction, operand: fx.Node) -> tuple[fx.Node, int] | None:

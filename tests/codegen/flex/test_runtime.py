@@ -262,7 +262,7 @@ def test_the_operator_is_sound(monkeypatch):
     q, k, v, captured = make_call(spec, 2, 20, 20)
     args = (*(x.requires_grad_() for x in (q, k, v)), captured, str(spec))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(flex_attend, args, test_utils=checks)
+    torch.library.opcheck(torch.ops.attnc.flex_attend.default, args, test_utils=checks)
 
 
 def test_merging_the_heads_of_the_output_copies_nothing(uncompiled):
@@ -288,6 +288,16 @@ def test_gradients_are_those_of_the_spec(name, uncompiled):
     for a, b in zip(mine, exact, strict=True):
         if b.requires_grad:
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5 * float(b.grad.abs().max()))
+
+
+def test_tangents_are_those_of_the_spec(uncompiled):
+    spec = CASES["causal"]
+    q, k, v, captured = make_call(spec, 2, 20, 20)
+    direction = tuple(torch.randn_like(x) for x in (q, k, v))
+    found = torch.func.jvp(lambda *x: flex_attend(*x, captured, str(spec)), (q, k, v), direction)
+    wanted = torch.func.jvp(lambda *x: spec(*x, tuple(captured))[0], (q, k, v), direction)
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_an_outer_compile_sees_one_node(uncompiled):

@@ -176,6 +176,37 @@ def test_gradient_for_the_scale_is_refused() -> None:
         y.sum().backward()
 
 
+def test_tangent_is_that_of_the_dequantized_layer() -> None:
+    x, layer, _ = make(6, 33, 9)
+    point, direction = (x.view(2, 3, 33), layer.bias.detach()), (torch.randn(2, 3, 33), torch.randn(9))
+    w = (layer.weight.float() * layer.weight_scale[:, None]).double()
+
+    def ours(x, bias):
+        return linear_w8a8(x, layer.weight, layer.weight_scale, bias)
+
+    y, ty = torch.func.jvp(ours, point, direction)
+    assert torch.equal(y, ours(*point))
+    want = direction[0].double() @ w.t() + direction[1]
+    # a dot product of 33 terms in float32, each term rounded twice before it, and a sum
+    size = direction[0].double().abs() @ w.abs().t() + direction[1].abs()
+    assert ((ty - want).abs() <= 37 * U * size).all()
+    _, of_bias = torch.func.jvp(lambda b: ours(point[0], b), point[1:], direction[1:])
+    assert torch.equal(of_bias, direction[1].expand(2, 3, 9))
+    assert torch.func.jacfwd(lambda b: ours(point[0], b))(point[1]).shape == (2, 3, 9, 9)
+    gradient = torch.func.grad(
+        lambda x: torch.func.jvp(lambda x: ours(x, None).square(), (x,), (x,))[1].sum()
+    )
+    assert gradient(point[0]).abs().sum() > 0
+
+
+def test_tangent_of_the_scale_is_refused() -> None:
+    x, layer, _ = make(2, 8, 4)
+    with pytest.raises(UnsupportedError, match="scales have no gradient"):
+        torch.func.jvp(
+            lambda s: linear_w8a8(x, layer.weight, s, None), (layer.weight_scale,), (torch.ones(4),)
+        )
+
+
 @pytest.mark.parametrize(
     ("x", "weight", "scale", "bias"),
     [

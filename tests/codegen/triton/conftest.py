@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,25 @@ def corpus() -> dict[str, AttentionSpec]:
     return {name: parse(text) for name, _, text in pairs}
 
 
+Rows = dict[str, dict[str, object]]
+"""What a script under the interpreter found, by name of the run."""
+
+
 @pytest.fixture(scope="session")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
-    """Return what interpret.py found, by name of the run."""
-    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("kernels")), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "interpret.py")]
+def interpret(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Rows]:
+    """Return a function that runs a script of this folder under Triton's interpreter."""
+    return lambda script, *arguments: _interpret(tmp_path_factory.mktemp("kernels"), script, *arguments)
+
+
+@pytest.fixture(scope="session")
+def interpreted(interpret: Callable[..., Rows]) -> Rows:
+    """Return what interpret.py found."""
+    return interpret("interpret.py")
+
+
+def _interpret(cache: Path, script: str, *arguments: str) -> Rows:
+    env = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]

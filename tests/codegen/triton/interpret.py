@@ -14,6 +14,7 @@ import io
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -40,6 +41,20 @@ BREAKS = (
 """Corpus entry, a piece of its kernel, and what to break it into."""
 
 
+Result = tuple[torch.Tensor, torch.Tensor]
+"""An output and its log-sum-exp."""
+
+
+def corpus(file: str = "corpus.txt") -> dict[str, AttentionSpec]:
+    lines = Path(__file__).with_name(file).read_text(encoding="utf-8").splitlines()
+    return {n: parse(s) for n, _, s in (line.partition(" ") for line in lines if not line.startswith("#"))}
+
+
+def cast(spec: AttentionSpec, dtype: torch.dtype) -> AttentionSpec:
+    q, k, v = (dataclasses.replace(o, dtype=dtype) for o in (spec.q, spec.k, spec.v))
+    return dataclasses.replace(spec, q=q, k=k, v=v)
+
+
 def draw(spec: AttentionSpec, b: int, hkv: int, sq: int, sk: int) -> list[torch.Tensor]:
     g = torch.Generator().manual_seed(sq * 1000 + sk)
     sizes = {"b": b, "h": hkv * spec.group_size, "hkv": hkv, "s": sq, "t": sk}
@@ -60,23 +75,43 @@ def draw(spec: AttentionSpec, b: int, hkv: int, sq: int, sk: int) -> list[torch.
     return out
 
 
-def compare(spec: AttentionSpec, sq: int, sk: int) -> dict[str, object]:
-    """Return the error against the fp64 oracle, as a share of its limit.
+def executed(spec: AttentionSpec, q, k, v, captured) -> Result:
+    return spec(q, k, v, tuple(captured))
 
-    The limit is twice what the spec in working precision is off, plus two rounding units of the largest
+
+def compare(
+    spec: AttentionSpec,
+    sq: int,
+    sk: int,
+    call: Callable[..., Result] = run,
+    batch: int = 1,
+    oracle: Callable[..., Result] = executed,
+) -> dict[str, object]:
+    """Return the error of ``call`` against the oracle in fp64, as a share of its limit."""
+    q, k, v, *captured = draw(spec, batch, 1 if sq > 64 else 2, sq, sk)
+    found = call(spec, q, k, v, captured)
+    wide = [x.double() if x.is_floating_point() else x for x in captured]
+    want = oracle(spec, q.double(), k.double(), v.double(), wide)
+    return errors(spec, v, found, want, oracle(spec, q, k, v, captured))
+
+
+def errors(
+    spec: AttentionSpec, v: torch.Tensor, found: Result, exact: Result, spelled: Result
+) -> dict[str, object]:
+    """Return how far a result is from the exact one, as a share of its limit; ``spelled`` is plain torch's.
+
+    The limit is twice what plain torch in working precision is off, plus two rounding units of the largest
     value: one for the weights, which the kernel rounds to the dtype, one for the output.
     """
-    q, k, v, *captured = draw(spec, 1, 1 if sq > 64 else 2, sq, sk)
-    out, lse = run(spec, q, k, v, captured)
-    wide = [x.double() if x.is_floating_point() else x for x in captured]
-    want, want_lse = spec(q.double(), k.double(), v.double(), tuple(wide))
-    own, own_lse = spec(q, k, v, tuple(captured))
+    (out, lse), (want, want_lse), (own, own_lse) = found, exact, spelled
     usual = want_lse.abs() < 1e6
-    eps, unit = torch.finfo(q.dtype).eps, torch.finfo(torch.float32).eps
+    eps, unit = torch.finfo(v.dtype).eps, torch.finfo(torch.float32).eps
     limit = 2 * worst(own - want, usual) + 2 * eps * v.abs().max()
     lse_limit = 2 * worst(own_lse - want_lse, usual) + 4 * unit * (1 + want_lse.abs().where(usual, 0.0).max())
     strange = ~usual
-    mass = sk if isinstance(spec.norm, RoundedSoftmax) else 1  # the most that a strange row's weights sum to
+    mass = (
+        v.shape[2] if isinstance(spec.norm, RoundedSoftmax) else 1
+    )  # the most that a strange row's weights sum to
     return {
         "out": (worst(out - want, usual) / limit).item(),
         "lse": (worst(lse - want_lse, usual) / lse_limit).item(),
@@ -106,20 +141,17 @@ def self_test(kernel: Kernel) -> dict[str, object]:
 def main() -> None:
     numpy.seterr(all="ignore")
     torch.set_num_threads(1)
-    lines = Path(__file__).with_name("corpus.txt").read_text(encoding="utf-8").splitlines()
-    corpus = {n: parse(s) for n, _, s in (line.partition(" ") for line in lines if not line.startswith("#"))}
-    for name, spec in corpus.items():
+    specs = corpus()
+    for name, spec in specs.items():
         print(json.dumps({"run": f"self-test {name}", **self_test(emit(spec, name=name))}), flush=True)
         for dtype, lengths in LENGTHS.items():
-            cast = [dataclasses.replace(o, dtype=dtype) for o in (spec.q, spec.k, spec.v)]
-            typed = dataclasses.replace(spec, q=cast[0], k=cast[1], v=cast[2])
             for sq, sk in lengths:
                 if name == "packed" and sq != sk:
                     continue
-                result = compare(typed, sq, sk)
+                result = compare(cast(spec, dtype), sq, sk)
                 print(json.dumps({"run": f"{name} {dtype} {sq} {sk}", **result}), flush=True)
     for at, (name, old, new) in enumerate(BREAKS):
-        kernel = emit(corpus[name], name=name)
+        kernel = emit(specs[name], name=name)
         assert old in kernel.source, f"{name} has no {old!r} to break"
         broken = dataclasses.replace(kernel, source=kernel.source.replace(old, new), key=f"broken{at}")
         print(json.dumps({"run": f"broken {name}: {old} -> {new}", **self_test(broken)}), flush=True)

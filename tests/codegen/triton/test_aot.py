@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from attnc.codegen.triton import emit
-from attnc.codegen.triton.aot import compile_for, report_rows
+from attnc.codegen.triton.aot import INSTRUCTIONS, compile_for, count_instructions, report_rows
 from attnc.codegen.triton.configs import SHARED_LIMIT, Config
 from attnc.codegen.triton.kinds import KINDS, TARGETS
 from attnc.codegen.triton.store import load
@@ -75,6 +75,40 @@ def test_hopper_runs_the_contractions_on_tensor_cores() -> None:
     assert "wgmma.mma_async" in ptx
     assert "cp.async.bulk.tensor" in ptx
     assert "ex2.approx" in ptx
+
+
+def test_instructions_are_counted_by_kind() -> None:
+    sass = """
+	code for sm_90a
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                     /* 0x00000a00ff017b82 */
+                                                                              /* 0x000e620000000800 */
+        /*0010*/               @P0 LDGSTS.E.BYPASS.128 [R8], desc[UR6] ;      /* 0x00000a00ff017b82 */
+        /*0020*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4] ; /* 0x00000a00ff017b82 */
+        /*0030*/             @!UP1 UTMALDG.4D [UR8], [UR6] ;                  /* 0x00000a00ff017b82 */
+        /*0040*/                   MUFU.EX2 R5, R5 ;                          /* 0x00000a00ff017b82 */
+        /*0050*/                   MUFU.RCP R5, R5 ;                          /* 0x00000a00ff017b82 */
+        /*0060*/                   LDL R3, [R1+0x10] ;                        /* 0x00000a00ff017b82 */
+        /*0070*/                   NOP;                                       /* 0x00000a00ff017b82 */
+"""
+    found = {"instructions": 7, "async_copies": 1, "hgmma": 1, "tma_loads": 1, "exp2": 1, "spills": 1}
+    assert count_instructions(sass) == {name: found.get(name, 0) for name in INSTRUCTIONS}
+    amd = "\t.loc 1 2\n\tv_mfma_f32_32x32x8_bf16 a[0:15], v[1:2]\n\tv_exp_f32_e32 v1, v2\n"
+    found = {"instructions": 2, "mfma": 1, "exp2": 1}
+    assert count_instructions(amd) == {name: found.get(name, 0) for name in INSTRUCTIONS}
+
+
+def test_rows_count_the_instructions_of_the_gpu(corpus) -> None:
+    for row in report_rows(emit(spec(64, *CAUSAL), name="site"), ("sm_80", "gfx942")):
+        assert row["exp2"] > 0, row
+        assert row["hmma" if row["target"] == "sm_80" else "mfma"] > 0, row
+        assert row["async_copies"] > 0 or row["target"] == "gfx942", row
+        assert row["instructions"] > 500, row
+        loops = (row["loop_instructions"], row["loop_spills"])
+        if row["target"] == "sm_80":
+            assert 100 < loops[0] < row["instructions"], row
+            assert loops[1] == 0, row
+        else:
+            assert loops == (None, None), row
 
 
 def test_a_config_over_the_shared_memory_limit_is_reported() -> None:

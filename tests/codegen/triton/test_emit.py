@@ -2,29 +2,95 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from attnc.codegen.triton import can_run, emit, emit_all
+from attnc.codegen.triton.bench import sdpa_options
 from attnc.codegen.triton.canonical import canonical
 from attnc.codegen.triton.configs import SHARED_LIMIT, Config, choose, shared_bytes
-from attnc.codegen.triton.emit import spec_of
+from attnc.codegen.triton.emit import kind_of, spec_of
 from attnc.codegen.triton.holes import argument_types
 from attnc.codegen.triton.inputs import name_inputs
-from attnc.codegen.triton.store import load
+from attnc.codegen.triton.store import load, load_apart
 from attnc.errors import CodegenError, UnsupportedError
 from attnc.printer import parse
 
 
 @pytest.mark.parametrize(
-    "name", ["causal", "left_padded", "window_and_sinks", "biases", "capped_window", "documents"]
+    "name", ["causal", "left_padded", "window_and_sinks", "biases", "capped_window", "documents", "taylor"]
 )
 def test_the_file_is_the_one_that_was_reviewed(name: str, corpus, golden) -> None:
     kernel = emit(corpus[name], name=name)
     golden(f"kernel/{name}.py", kernel.source.replace(kernel.key, "<key>"))
+
+
+OPTIONS = {
+    "plain": "scale=0.125, enable_gqa=True",
+    "causal": "scale=0.125, is_causal=True, enable_gqa=True",
+    **dict.fromkeys(("bert", "capped_half", "sink_logits", "causal_from_the_end", "sigmoid", "signed"), ""),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_file_times_itself_beside_torch(name: str, corpus, monkeypatch, capsys) -> None:
+    """On the CPU, with the clock and the sizes replaced; a wrong option of SDPA would raise."""
+    spec = corpus[name]
+    kernel = emit(spec, name=name)
+    assert sdpa_options(canonical(spec)) == OPTIONS[name]
+    assert f"sdpa(*inputs, {OPTIONS[name]})" in kernel.source or not OPTIONS[name]
+    module, sizes = load_apart(kernel, "bench"), []
+    events = SimpleNamespace(
+        is_available=lambda: True,
+        synchronize=lambda: None,
+        Event=lambda enable_timing: SimpleNamespace(record=lambda: None, elapsed_time=lambda end: 2.0),
+    )
+    module.torch = SimpleNamespace(**{**vars(torch), "cuda": events, "empty": lambda *a, **k: torch.zeros(1)})
+    sample = module._sample
+    module._sample = lambda case, device, given: sizes.append(given) or sample(case, "cpu", (1, 1, 9, 9))
+    module.attend = lambda *inputs: module.reference(*inputs)
+    assert module._bench() == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert sizes == [module.BENCH]
+    assert str(module.BENCH) in head
+    assert [line[:11] for line in lines] == [
+        "this kernel",
+        "plain torch",
+        *["torch sdpa "] * bool(OPTIONS[name]),
+    ]
+    heads = spec.group_size
+    flops = 2 * heads * 2 * 4096 * 4096 * (spec.q.shape[3] + spec.v.shape[3])
+    assert all(f"{flops / 2e9:.1f} TFLOP/s" in line for line in lines)
+
+
+def test_torchs_own_attention_in_the_bench_is_the_same_computation(corpus) -> None:
+    for name in ("plain", "causal"):
+        module = load(emit(corpus[name], name=name))
+        inputs = [x.float() for x in module._sample(0, "cpu", (2, 2, 9, 9))]
+        options = eval(f"dict({OPTIONS[name]})")
+        found = torch.nn.functional.scaled_dot_product_attention(*inputs, **options)
+        torch.testing.assert_close(found.double(), module.reference(*inputs)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_gpu_the_bench_says_what_it_needs(corpus, tmp_path) -> None:
+    (tmp_path / "causal.py").write_text(emit(corpus["causal"], name="causal").source)
+    command = [sys.executable, str(tmp_path / "causal.py"), "--bench"]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "--bench: expected a GPU, found none\n")
+
+
+@pytest.mark.gpu
+def test_a_file_times_itself_on_a_gpu(corpus, tmp_path) -> None:
+    (tmp_path / "plain.py").write_text(emit(corpus["plain"], name="plain").source)
+    command = [sys.executable, str(tmp_path / "plain.py"), "--bench"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.count("TFLOP/s") == 4
 
 
 def test_the_same_spec_gives_the_same_bytes_in_another_process(corpus) -> None:
@@ -162,7 +228,7 @@ def test_a_model_without_any_kernel_says_why(corpus) -> None:
         (("32]:", "d]:"), "triton-head-size", "fixed head sizes"),
         (("float32", "float64"), "triton-dtype", "found torch.float64"),
         (
-            ("v=bhke[b,hkv,t,32]:float32", "v=bhke[b,hkv,t,32]:float16"),
+            ("k=bhkd[b,hkv,t,32]:float32", "k=bhkd[b,hkv,t,32]:float16"),
             "triton-dtype",
             "torch.float16, torch.float32",
         ),
@@ -216,3 +282,12 @@ def test_default_tiles_fit_into_shared_memory(name: str, dtype: torch.dtype, siz
 
 def _qkv(spec):
     return {"q": spec.q, "k": spec.k, "v": spec.v}
+
+
+def test_a_model_gets_a_file_per_computation_and_kind(corpus) -> None:
+    causal, taylor = corpus["causal"], corpus["taylor"]
+    kernels = emit_all([causal, causal, taylor], kinds=("forward", "backward"))
+    assert [k.name for k in kernels] == ["site_0", "site_0_backward", "site_1"]  # shares have no backward
+    assert [kind_of(k.source) for k in kernels] == ["forward", "backward", "forward"]
+    with pytest.raises(CodegenError, match=r"expected a kind of kernel among forward, .*, found 'sideways'"):
+        emit_all([causal], kinds=("sideways",))

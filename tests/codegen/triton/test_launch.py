@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attnc.codegen.triton import run
+from attnc.codegen.triton import launch, run
 from attnc.codegen.triton.launch import launcher
 from attnc.printer import parse
 
@@ -76,6 +76,20 @@ def test_wrong_inputs_of_a_kernel_are_named(corpus) -> None:
 
 def test_the_launcher_is_emitted_once_per_spec(corpus) -> None:
     assert launcher(corpus["plain"]) is launcher(parse(str(corpus["plain"])))
+    assert launcher(corpus["plain"], kind="decode") is not launcher(corpus["plain"])
+
+
+@pytest.mark.parametrize(
+    ("sq", "sk", "kind"),
+    [(1, 512, "decode"), (16, 4096, "decode"), (1, 511, "forward"), (17, 4096, "forward")],
+)
+def test_few_queries_of_many_keys_have_the_keys_cut_into_shares(sq, sk, kind, corpus, monkeypatch) -> None:
+    chosen = []
+    monkeypatch.setattr(launch, "launcher", lambda spec, place, kind: chosen.append(kind))
+    spec = corpus["plain"]
+    q, k, v = torch.randn(1, 2, sq, 32), torch.randn(1, 1, sk, 32), torch.randn(1, 1, sk, 32)
+    torch.testing.assert_close(run(spec, q, k, v), spec(q, k, v))
+    assert chosen == [kind]
 
 
 @pytest.mark.gpu

@@ -104,6 +104,13 @@ def test_a_bias_that_may_be_a_mask_keeps_its_least_values_finite() -> None:
     assert kernel_steps((Bias("b", -1),), half) == [f"s = s * {LOG2E!r} + bias * {-LOG2E!r}"]
 
 
+def test_a_factor_after_a_bias_that_may_be_a_mask_comes_before_base_2() -> None:
+    wide = name_inputs(spec_with([Bias("b")]))
+    assert kernel_steps((Bias("b"), Scale(0.5)), wide) == ["s = s + bias", "s = _base2(s * 0.5)"]
+    capped = kernel_steps((Bias("b"), Softcap(5.0)), wide)
+    assert capped[-1] == f"s = s * {5 * LOG2E!r}  # 5.0 * log2(e)"  # a cap leaves nothing low
+
+
 def test_fills_as_text() -> None:
     assert fill_text(Fill()) == 'tl.where(keep, s, float("-inf"))'
     assert fill_text(Fill(-1.0, "add")) == f"tl.where(keep, s, s + {-LOG2E!r})"

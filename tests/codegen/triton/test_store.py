@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
-from attnc.codegen.triton.store import folder, keep, load, write
+from attnc.codegen.triton.store import folder, keep, load, load_apart, write
 from attnc.errors import CodegenError
 from attnc.ir import Kernel
 
@@ -25,6 +27,37 @@ def test_a_file_with_other_content_is_replaced_and_never_imported(kernel_folder)
     kernel_folder.mkdir(parents=True)
     (kernel_folder / "two_k2.py").write_text("VALUE = 666\n")
     assert load(Kernel("two", "VALUE = 2\n", "k2")).VALUE == 2
+
+
+def test_a_file_that_was_cut_off_is_replaced(kernel_folder) -> None:
+    path = keep(KERNEL)
+    path.write_text(KERNEL.source[:4])
+    assert keep(KERNEL).read_text() == KERNEL.source
+
+
+def test_processes_may_keep_the_same_kernels_at_once(kernel_folder) -> None:
+    kernels = [Kernel("many", f"VALUE = {n}\n" + "#" * 100_000, f"k{n}") for n in range(40)]
+    program = (
+        "from attnc.codegen.triton.store import Kernel, keep; print(flush=True); input();"
+        "[keep(Kernel('many', f'VALUE = {n}\\n' + '#' * 100_000, f'k{n}')) for n in range(40)]"
+    )
+    command = [sys.executable, "-c", program]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    other.stdout.readline()
+    other.stdin.write("go\n")
+    other.stdin.flush()
+    for kernel in kernels:
+        assert keep(kernel).read_text() == kernel.source  # whole, whoever wrote it
+    other.communicate(timeout=60)
+    assert other.returncode == 0
+    assert sorted(p.name for p in kernel_folder.iterdir()) == sorted(f"many_{k.key}.py" for k in kernels)
+    assert all(keep(k).read_text() == k.source for k in kernels)
+
+
+def test_a_second_module_of_a_kernel_is_apart_from_the_first() -> None:
+    kernel = Kernel("five", "VALUE = []\n", "k5")
+    assert load_apart(kernel, "test") is load_apart(kernel, "test")
+    assert load_apart(kernel, "test").VALUE is not load(kernel).VALUE
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch) -> None:

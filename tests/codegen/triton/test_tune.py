@@ -170,6 +170,19 @@ def test_any_other_error_is_an_error(bench, corpus) -> None:
     assert list(picks.folder().glob("*")) == []
 
 
+def test_kernels_that_take_more_than_the_tensors_of_a_spec_are_refused(bench, corpus, monkeypatch) -> None:
+    load = bench.load
+
+    def with_lists(kernel, folder):
+        module = load(kernel, folder)
+        module.attend = lambda q, k, v, counts, blocks: None
+        return module
+
+    monkeypatch.setattr(contest, "load", with_lists)
+    with pytest.raises(UnsupportedError, match="runs on the tensors of a spec alone, found forward"):
+        tune(corpus["plain"], SIZES, clock=bench.clock)
+
+
 def test_default_tiles_that_cannot_run_leave_nothing_to_compare_with(bench, corpus) -> None:
     from triton.runtime.errors import OutOfResources
 

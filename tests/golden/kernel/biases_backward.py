@@ -5,7 +5,7 @@ kind    backward
 formula p = exp(s - lse), s = steps(q @ k^T); dv = p^T @ dout, ds = p * (dout @ v^T - delta) with
         delta = rowsum(dout * out) - dlse, and back through the steps: dq = ds @ k, dk = ds^T @ q; p is computed again
 source  FlashAttention-2 (arXiv:2307.08691), algorithm 2, with one kernel for dq and one for dk and dv
-key     1e2c5c3d9d2c28c0
+key     0d4e3083b11e2378
 
 Layouts: q [B, H, Sq, 32], k [B, Hkv, Sk, 32], v [B, Hkv, Sk, 32]; out and dout [B, H, Sq, 32]; lse and dlse
 [B, H, Sq] in fp32. Any strides; a gradient has the shape and the dtype of its tensor.
@@ -159,34 +159,36 @@ def _add_keys(
 @triton.jit
 def _add_queries(
     dk, dv, d_bias1_sum,
-    k, v, first, n,
-    q_at, q_m, q_d, dout_at, dout_m, dout_e,
-    top_at, share_at, delta_at,
-    bias0_at, bias0_q, bias0_k, bias1_at, bias1_k, seen_at, seen_q, seen_k,
-    sq, sk,
+    k, v, b, h, first, n,
+    q_ptr, q_b, q_h, q_m, q_d, dout_ptr, dout_b, dout_h, dout_m, dout_e,
+    bias0_ptr, bias1_ptr, seen_ptr, top_ptr, share_ptr, delta_ptr,
+    bias0_h, bias0_q, bias0_k, bias1_b, bias1_k, seen_b, seen_q, seen_k,
+    heads, sq, sk,
     MASKED: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """Add what the queries first .. first + BLOCK_M - 1 of one head give to dk, dv, d_bias1_sum of one tile of keys."""
+    """Add what the queries first .. of head h give to dk, dv, d_bias1_sum of one tile of keys."""
     i = tl.arange(0, BLOCK_M)
     j = tl.arange(0, BLOCK_N)
     rows = first + i
+    q_at = q_ptr + b * q_b + h * q_h + tl.cast(first, tl.int64) * q_m
+    dout_at = dout_ptr + b * dout_b + h * dout_h + tl.cast(first, tl.int64) * dout_m
     d = tl.arange(0, 32)
-    q_tile = q_at + tl.cast(first, tl.int64) * q_m + i[:, None] * q_m + d[None, :] * q_d
+    q_tile = q_at + i[:, None] * q_m + d[None, :] * q_d
     e = tl.arange(0, 32)
-    dout_tile = dout_at + tl.cast(first, tl.int64) * dout_m + i[:, None] * dout_m + e[None, :] * dout_e
-    if MASKED:
-        q = tl.load(q_tile, mask=(rows < sq)[:, None], other=0.0)
-        dout = tl.load(dout_tile, mask=(rows < sq)[:, None], other=0.0)
-    else:
-        q = tl.load(q_tile)
-        dout = tl.load(dout_tile)
+    dout_tile = dout_at + i[:, None] * dout_m + e[None, :] * dout_e
+    q = tl.load(q_tile, mask=(rows < sq)[:, None], other=0.0)
+    dout = tl.load(dout_tile, mask=(rows < sq)[:, None], other=0.0)
     if UPCAST:
         q = q.to(tl.float32)
         dout = dout.to(tl.float32)
-    top = tl.load(top_at + rows, mask=rows < sq, other=float("inf"))
-    share = tl.load(share_at + rows, mask=rows < sq, other=1.0)
-    delta = tl.load(delta_at + rows, mask=rows < sq, other=0.0)
+    at = (b * heads + h) * sq
+    top = tl.load(top_ptr + at + rows, mask=rows < sq, other=float("inf"))
+    share = tl.load(share_ptr + at + rows, mask=rows < sq, other=1.0)
+    delta = tl.load(delta_ptr + at + rows, mask=rows < sq, other=0.0)
+    bias0_at = bias0_ptr + h * bias0_h
+    bias1_at = bias1_ptr + b * bias1_b
+    seen_at = seen_ptr + b * seen_b
     s = tl.dot(k, tl.trans(q), input_precision="ieee")
     dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
     s, p, ds, d_bias0, d_bias1 = _pull(
@@ -369,29 +371,21 @@ def biases_dkdv_kernel(
     # The queries lo .. hi may see some key of this tile.
     lo = 0
     hi = sq
+    heads = kv_heads
     h = kv_head
-    row = (b * kv_heads + h) * sq
-    q_at = q_ptr + b * q_b + h * q_h
-    dout_at = dout_ptr + b * dout_b + h * dout_h
-    top_at = top_ptr + row
-    share_at = share_ptr + row
-    delta_at = delta_ptr + row
-    bias0_at = bias0_ptr + h * bias0_h
-    bias1_at = bias1_ptr + b * bias1_b
-    seen_at = seen_ptr + b * seen_b
     d_bias1_sum = tl.zeros([BLOCK_N], tl.float32)
     for first in range(lo, hi, BLOCK_M):
         dk, dv, d_bias1_sum = _add_queries(
             dk, dv, d_bias1_sum,
-            k, v, first, n,
-            q_at, q_m, q_d, dout_at, dout_m, dout_e,
-            top_at, share_at, delta_at,
-            bias0_at, bias0_q, bias0_k, bias1_at, bias1_k, seen_at, seen_q, seen_k,
-            sq, sk,
+            k, v, b, h, first, n,
+            q_ptr, q_b, q_h, q_m, q_d, dout_ptr, dout_b, dout_h, dout_m, dout_e,
+            bias0_ptr, bias1_ptr, seen_ptr, top_ptr, share_ptr, delta_ptr,
+            bias0_h, bias0_q, bias0_k, bias1_b, bias1_k, seen_b, seen_q, seen_k,
+            heads, sq, sk,
             MASKED=True, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
         )
     if d_bias1_ptr is not None:
-        d_bias1_at = d_bias1_ptr + (b * kv_heads + h) * sk
+        d_bias1_at = d_bias1_ptr + (b * heads + h) * sk
         tl.store(d_bias1_at + cols, d_bias1_sum, mask=cols < sk)
     at = bh * sk + n
     dk_at = dk_ptr + at * 32 + j[:, None] * 32

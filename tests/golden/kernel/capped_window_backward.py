@@ -5,7 +5,7 @@ kind    backward
 formula p = exp(s - lse), s = steps(q @ k^T); dv = p^T @ dout, ds = p * (dout @ v^T - delta) with
         delta = rowsum(dout * out) - dlse, and back through the steps: dq = ds @ k, dk = ds^T @ q; p is computed again
 source  FlashAttention-2 (arXiv:2307.08691), algorithm 2, with one kernel for dq and one for dk and dv
-key     8a54782b20e90676
+key     1329136c0dba8e47
 
 Layouts: q [B, H, Sq, 32], k [B, Hkv, Sk, 32], v [B, Hkv, Sk, 32]; out and dout [B, H, Sq, 32]; lse and dlse
 [B, H, Sq] in fp32. Any strides; a gradient has the shape and the dtype of its tensor.
@@ -148,33 +148,32 @@ def _add_keys(
 @triton.jit
 def _add_queries(
     dk, dv,
-    k, v, first, n,
-    q_at, q_m, q_d, dout_at, dout_m, dout_e,
-    top_at, share_at, delta_at,
-    sq, sk,
+    k, v, b, h, first, n,
+    q_ptr, q_b, q_h, q_m, q_d, dout_ptr, dout_b, dout_h, dout_m, dout_e,
+    top_ptr, share_ptr, delta_ptr,
+    heads, sq, sk,
     MASKED: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """Add what the queries first .. first + BLOCK_M - 1 of one head give to dk, dv of one tile of keys."""
+    """Add what the queries first .. of head h give to dk, dv of one tile of keys."""
     i = tl.arange(0, BLOCK_M)
     j = tl.arange(0, BLOCK_N)
     rows = first + i
+    q_at = q_ptr + b * q_b + h * q_h + tl.cast(first, tl.int64) * q_m
+    dout_at = dout_ptr + b * dout_b + h * dout_h + tl.cast(first, tl.int64) * dout_m
     d = tl.arange(0, 32)
-    q_tile = q_at + tl.cast(first, tl.int64) * q_m + i[:, None] * q_m + d[None, :] * q_d
+    q_tile = q_at + i[:, None] * q_m + d[None, :] * q_d
     e = tl.arange(0, 32)
-    dout_tile = dout_at + tl.cast(first, tl.int64) * dout_m + i[:, None] * dout_m + e[None, :] * dout_e
-    if MASKED:
-        q = tl.load(q_tile, mask=(rows < sq)[:, None], other=0.0)
-        dout = tl.load(dout_tile, mask=(rows < sq)[:, None], other=0.0)
-    else:
-        q = tl.load(q_tile)
-        dout = tl.load(dout_tile)
+    dout_tile = dout_at + i[:, None] * dout_m + e[None, :] * dout_e
+    q = tl.load(q_tile, mask=(rows < sq)[:, None], other=0.0)
+    dout = tl.load(dout_tile, mask=(rows < sq)[:, None], other=0.0)
     if UPCAST:
         q = q.to(tl.float32)
         dout = dout.to(tl.float32)
-    top = tl.load(top_at + rows, mask=rows < sq, other=float("inf"))
-    share = tl.load(share_at + rows, mask=rows < sq, other=1.0)
-    delta = tl.load(delta_at + rows, mask=rows < sq, other=0.0)
+    at = (b * heads + h) * sq
+    top = tl.load(top_ptr + at + rows, mask=rows < sq, other=float("inf"))
+    share = tl.load(share_ptr + at + rows, mask=rows < sq, other=1.0)
+    delta = tl.load(delta_ptr + at + rows, mask=rows < sq, other=0.0)
     s = tl.dot(k, tl.trans(q), input_precision="ieee")
     dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
     s, p, ds = _pull(
@@ -375,42 +374,47 @@ def capped_window_dkdv_kernel(
     full_lo = tl.cdiv(n_last, BLOCK_M) * BLOCK_M
     full_lo = tl.maximum(tl.minimum(full_lo, tl.cdiv(hi, BLOCK_M) * BLOCK_M), lo)
     full_hi = tl.maximum(tl.minimum(n + 16, hi) // BLOCK_M * BLOCK_M, full_lo)
+    heads = kv_heads * 2
+    count = tl.cdiv(tl.maximum(full_lo - lo, 0), BLOCK_M)
+    for turn in range(0, count * 2):
+        h = kv_head * 2 + turn // count
+        first = lo + turn % count * BLOCK_M
+        dk, dv = _add_queries(
+            dk, dv,
+            k, v, b, h, first, n,
+            q_ptr, q_b, q_h, q_m, q_d, dout_ptr, dout_b, dout_h, dout_m, dout_e,
+            top_ptr, share_ptr, delta_ptr,
+            heads, sq, sk,
+            MASKED=True, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        )
+    count = tl.cdiv(tl.maximum(full_hi - full_lo, 0), BLOCK_M)
+    for turn in range(0, count * 2):
+        h = kv_head * 2 + turn // count
+        first = full_lo + turn % count * BLOCK_M
+        dk, dv = _add_queries(
+            dk, dv,
+            k, v, b, h, first, n,
+            q_ptr, q_b, q_h, q_m, q_d, dout_ptr, dout_b, dout_h, dout_m, dout_e,
+            top_ptr, share_ptr, delta_ptr,
+            heads, sq, sk,
+            MASKED=False, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        )
+    count = tl.cdiv(tl.maximum(hi - full_hi, 0), BLOCK_M)
+    for turn in range(0, count * 2):
+        h = kv_head * 2 + turn // count
+        first = full_hi + turn % count * BLOCK_M
+        dk, dv = _add_queries(
+            dk, dv,
+            k, v, b, h, first, n,
+            q_ptr, q_b, q_h, q_m, q_d, dout_ptr, dout_b, dout_h, dout_m, dout_e,
+            top_ptr, share_ptr, delta_ptr,
+            heads, sq, sk,
+            MASKED=True, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        )
+    # A query that saw no key spreads over all of them, hidden ones too: tiles with such a row are visited as well.
     for member in range(2):
         h = kv_head * 2 + member
-        row = (b * kv_heads * 2 + h) * sq
-        q_at = q_ptr + b * q_b + h * q_h
-        dout_at = dout_ptr + b * dout_b + h * dout_h
-        top_at = top_ptr + row
-        share_at = share_ptr + row
-        delta_at = delta_ptr + row
-        for first in range(lo, full_lo, BLOCK_M):
-            dk, dv = _add_queries(
-                dk, dv,
-                k, v, first, n,
-                q_at, q_m, q_d, dout_at, dout_m, dout_e,
-                top_at, share_at, delta_at,
-                sq, sk,
-                MASKED=True, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-            )
-        for first in range(full_lo, full_hi, BLOCK_M):
-            dk, dv = _add_queries(
-                dk, dv,
-                k, v, first, n,
-                q_at, q_m, q_d, dout_at, dout_m, dout_e,
-                top_at, share_at, delta_at,
-                sq, sk,
-                MASKED=False, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-            )
-        for first in range(full_hi, hi, BLOCK_M):
-            dk, dv = _add_queries(
-                dk, dv,
-                k, v, first, n,
-                q_at, q_m, q_d, dout_at, dout_m, dout_e,
-                top_at, share_at, delta_at,
-                sq, sk,
-                MASKED=True, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-            )
-        # A query that saw no key spreads over all of them, hidden ones too: tiles with such a row are visited as well.
+        top_at = top_ptr + (b * heads + h) * sq
         lowest = tl.full([BLOCK_M], float("inf"), tl.float32)
         for first in range(0, sq, BLOCK_M):
             rows = first + tl.arange(0, BLOCK_M)
@@ -422,10 +426,10 @@ def capped_window_dkdv_kernel(
                 if ((first < lo) | (first >= hi)) & (tl.min(top, 0) <= -1.7014117331926443e+38):
                     dk, dv = _add_queries(
                         dk, dv,
-                        k, v, first, n,
-                        q_at, q_m, q_d, dout_at, dout_m, dout_e,
-                        top_at, share_at, delta_at,
-                        sq, sk,
+                        k, v, b, h, first, n,
+                        q_ptr, q_b, q_h, q_m, q_d, dout_ptr, dout_b, dout_h, dout_m, dout_e,
+                        top_ptr, share_ptr, delta_ptr,
+                        heads, sq, sk,
                         MASKED=True, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
                     )
     at = bh * sk + n

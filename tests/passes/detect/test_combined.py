@@ -195,12 +195,77 @@ def test_another_mask_after_the_softmax_is_refused(f):
     assert [m.code for m, _ in missed] == ["weights-masked"]
 
 
+def plus_a_number(q, k, v):
+    return ((q @ k.mT).softmax(-1) + 0.1) @ v
+
+
+def less_a_number(q, k, v, gate):
+    return ((q @ k.mT).softmax(-1) * gate[..., None] - 2) @ v
+
+
+def affine(q, k, v, alpha):
+    """Affine-scaled attention: a number per query and head is added that makes rows sum to 0.6."""
+    beta = (0.6 - alpha) / T
+    return (alpha[..., None] * (q @ k.mT).softmax(-1) + beta[..., None]) @ v
+
+
+def affine_per_head(q, k, v, alpha):
+    alpha = alpha[:, None, None]
+    return ((q @ k.mT).softmax(-1) * alpha + alpha.exp()) @ v
+
+
+def affine_times(q, k, v, alpha):
+    return (0.5 * ((q @ k.mT).softmax(-1) + alpha[..., None])) @ v
+
+
+def affine_causal(q, k, v, alpha):
+    """Hidden keys weigh as much as the others beside the softmax, since nothing hides them again."""
+    w = (q @ k.mT).masked_fill(torch.ones(S, T, dtype=torch.bool).triu(1), -math.inf).softmax(-1)
+    return torch.einsum("bhst,bhte->bshe", w - alpha[..., None], v)
+
+
+def affine_grouped(q, k, v, alpha):
+    q, k, v = q[:, :2], k[:, :1], v[:, :1]
+    w = (q @ k.mT).softmax(-1)
+    return (w + alpha[:, :2, :, None]) @ v
+
+
+FLAT = {
+    plus_a_number: (Q, K, V),
+    less_a_number: (Q, K, V, ROWS),
+    affine: (Q, K, V, ROWS),
+    affine_per_head: (Q, K, V, HEADS),
+    affine_times: (Q, K, V, ROWS),
+    affine_causal: (Q, K, V, ROWS),
+    affine_grouped: (Q, K, V, ROWS),
+}
+
+
+@pytest.mark.parametrize("f", FLAT, ids=lambda f: f.__name__)
+def test_what_is_added_to_weights_alike_for_all_keys_multiplies_the_sum_of_the_values(f):
+    args = FLAT[f]
+    t = traced(f, args)
+    (found,), missed = t.detect()
+    assert not missed
+    assert (len(found.terms), len(found.flats)) == (1, 1)
+    assert not found.match.escapes
+    t.rewrite([found])
+    assert not any("softmax" in str(n.target) for n in t.graph.nodes)
+    torch.testing.assert_close(t.run(*args), f(*args), rtol=1e-10, atol=64 * rounding(args, D + T))
+
+
+def affine_hidden_again(q, k, v, alpha):
+    hidden = torch.ones(S, T, dtype=torch.bool).triu(1)
+    w = (q @ k.mT).masked_fill(hidden, -math.inf).softmax(-1) + alpha[..., None]
+    return w.masked_fill(hidden, 0.0) @ v
+
+
+def plus_other_scores(q, k, v):
+    return ((q @ k.mT).softmax(-1) + (q @ k.mT).mean(-1, keepdim=True) + q @ k.mT) @ v
+
+
 def gated_by_key(q, k, v, gate):
     return ((q @ k.mT).softmax(-1) * gate) @ v
-
-
-def plus_a_constant(q, k, v):
-    return ((q @ k.mT).softmax(-1) + 0.1) @ v
 
 
 def plus_a_tensor(q, k, v, more):
@@ -224,7 +289,8 @@ def other_axis(q, k, v):
 
 NEAR = {
     gated_by_key: (Q, K, V, KEYS),
-    plus_a_constant: (Q, K, V),
+    affine_hidden_again: (Q, K, V, ROWS),
+    plus_other_scores: (Q, K, V),
     plus_a_tensor: (Q, K, V, KEYS),
     product: (Q, K, V),
     divided_by_weights: (Q, K, V),

@@ -178,7 +178,7 @@ MIX = randn(3, 3, seed=9)
             "score-convolution",
         ),
         (sparsemax, (), "entmax"),
-        (lambda w: w.relu() / w.relu().sum(-1, keepdim=True), (), "not-softmax"),
+        (lambda w: w.relu() / w.relu().sum(-2, keepdim=True), (), "not-softmax"),
         (lambda w: w, (), "linear-attention"),
         (lambda w: w.sign() * (w.abs() + 1).relu().softmax(-1), (), "signed-softmax"),
         (lambda w: w.sign() * w.abs().masked_fill(hidden(w), -1e9).softmax(-1), (), "signed-softmax"),
@@ -190,10 +190,38 @@ def test_what_is_no_single_pass_is_named(weigh, more, code):
     assert code in [m.code for m, _ in missed]
 
 
-def test_zeroed_weights_of_a_function_that_does_not_vanish_are_refused():
-    found, missed = trace(lambda w: (w.relu() + 1).log1p().masked_fill(hidden(w), 0.0)).detect()
+@pytest.mark.parametrize(
+    ("weigh", "norm"),
+    [
+        (lambda w: (w.relu() + 1).log1p().masked_fill(hidden(w), 0.0), "log1p(s)"),
+        (lambda w: torch.where(hidden(w), 0.0, w**2), "square(s)"),
+    ],
+)
+def test_zeroed_weights_of_a_function_that_does_not_vanish_get_a_choice_that_does(weigh, norm):
+    spec = only_spec(trace(weigh))
+    assert (spec.norm, spec.mask) == (Elementwise(f"where((s==-inf),0.0,{norm})"), CAUSAL)
+    assert spec.norm.hides
+    check_same(weigh)
+
+
+@pytest.mark.parametrize(
+    "weigh",
+    [
+        lambda w, m: ((w + m) ** 2).masked_fill(hidden(w), 0.0),  # a bias may hold -inf
+        lambda w, m: (w.masked_fill(m > 0, -math.inf) ** 2).masked_fill(hidden(w), 0.0),
+        lambda w, m: ((w.abs().log() + 1) ** 2).masked_fill(hidden(w), 0.0),
+        lambda w, m: (torch.where(m > 0, w, -math.inf).tanh() ** 2).masked_fill(hidden(w), 0.0),
+    ],
+)
+def test_zeroed_weights_are_refused_where_a_score_may_be_minus_infinity_besides(weigh):
+    found, missed = trace(weigh, randn(S, S, seed=7)).detect()
     assert not found
-    assert missed
+    assert [m.code for m, _ in missed] == ["not-softmax"]
+
+
+def test_the_softmax_inside_of_signed_weights_is_no_miss():
+    found, missed = trace(lambda w: w.sign() * w.abs().softmax(-1)).detect()
+    assert (len(found), missed) == (1, [])
 
 
 def test_other_signs_are_no_signed_softmax():
