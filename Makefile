@@ -30,7 +30,7 @@ demo: $(STAMP)  ## a real checkpoint through the whole compiler
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(STAMP)  ## the tests, without those marked slow or gpu
-	$(BIN)/pytest -n $(JOBS) -m "not slow and not gpu" $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadgroup -m "not slow and not gpu" $(ARGS)
 
 test-all: $(STAMP)  ## all tests; those that need a GPU are skipped where there is none
 	$(BIN)/pytest -n $(JOBS) $(ARGS)

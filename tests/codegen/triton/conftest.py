@@ -17,6 +17,16 @@ from attnc.printer import parse
 HERE = Path(__file__).parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests that share one run of the interpreter in one process, so that it runs once."""
+    for item in items:
+        shared = {"interpreted", "some", "decoded", "paged", "rows", "more_rows"} & set(
+            getattr(item, "fixturenames", ())
+        )
+        if shared and item.path.parent == HERE:
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}"))
+
+
 @pytest.fixture(autouse=True)
 def kernel_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Keep emitted kernels out of the user's cache."""

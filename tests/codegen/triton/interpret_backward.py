@@ -40,9 +40,13 @@ EVERY_AXIS = (
 )
 BREAKS = (
     ("causal", "keep = ki <= qi", "keep = ki < qi"),
-    ("causal", "h = kv_head * 2 + member", "h = kv_head + member"),
+    ("causal", "h = kv_head * 2 + turn // count", "h = kv_head + turn // count"),
     ("causal", "ds = p * (dp - delta)", "ds = p * dp"),
-    ("causal", "range(full_lo, full_hi, BLOCK_M)", "range(full_lo, full_hi - BLOCK_M, BLOCK_M)"),
+    (
+        "causal",
+        "tl.cdiv(tl.maximum(hi - full_lo, 0), BLOCK_M)",
+        "tl.cdiv(tl.maximum(hi - full_lo, 0), BLOCK_M) - 1",
+    ),
     ("causal", "lo = tl.maximum(n, 0) // BLOCK_M", "lo = tl.maximum(n + BLOCK_M, 0) // BLOCK_M"),
     ("causal", "(dk * 0.125)", "(dk * 0.25)"),
     ("causal", "delta -= dlse", "delta += dlse"),

@@ -15,6 +15,8 @@ def draw(spec, *, dtype=None, sk: int = 5):
 
 
 def test_a_spec_that_no_kernel_serves_runs_as_plain_torch_and_says_so(corpus, caplog) -> None:
+    launch.launcher.cache_clear()
+    launch._warn.cache_clear()  # it says a thing once per process
     spec = parse(str(corpus["causal"]).replace("float32", "float64"))
     q, k, v = draw(spec)
     torch.testing.assert_close(run(spec, q, k, v), spec(q, k, v))

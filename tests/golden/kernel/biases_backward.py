@@ -5,7 +5,7 @@ kind    backward
 formula p = exp(s - lse), s = steps(q @ k^T); dv = p^T @ dout, ds = p * (dout @ v^T - delta) with
         delta = rowsum(dout * out) - dlse, and back through the steps: dq = ds @ k, dk = ds^T @ q; p is computed again
 source  FlashAttention-2 (arXiv:2307.08691), algorithm 2, with one kernel for dq and one for dk and dv
-key     0d4e3083b11e2378
+key     7e1c6b189b412fd6
 
 Layouts: q [B, H, Sq, 32], k [B, Hkv, Sk, 32], v [B, Hkv, Sk, 32]; out and dout [B, H, Sq, 32]; lse and dlse
 [B, H, Sq] in fp32. Any strides; a gradient has the shape and the dtype of its tensor.
@@ -510,7 +510,7 @@ def backward(q, k, v, bias0, bias1, seen, out, lse, dout, dlse=None, needs=None,
         )
     if needs[1] or needs[2] or needs[4]:
         dk, dv = room(DTYPE, *k.shape), room(DTYPE, *v.shape)
-        d_bias1 = room(torch.float32, batch, heads, sk) if needs[4] else None
+        d_bias1 = room(torch.float32, batch, heads, 1, sk) if needs[4] else None
         _start(
             biases_dkdv_kernel, triton.cdiv(sk, keys_config[1]) * batch * kv_heads, keys_config,
             q, k, v, dout, bias0, bias1, seen, top, share, delta, dk, dv, d_bias1,
@@ -531,7 +531,7 @@ def backward(q, k, v, bias0, bias1, seen, out, lse, dout, dlse=None, needs=None,
             seen.stride(0), seen.stride(2), seen.stride(3),
             batch, heads, sq, sk,
         )
-    grads = [dq, dk, dv, d_bias0, d_bias1[:, :, None], None]
+    grads = [dq, dk, dv, d_bias0, d_bias1, None]
     return [_fit(grad, x) if need else None for grad, x, need in zip(grads, given, needs)]
 
 
