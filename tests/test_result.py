@@ -16,6 +16,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 import attnc.result
+from attnc.capture.key import being_traced
 from attnc.capture.whole import capture_export, make_backend
 from attnc.errors import AttncError, CaptureError
 from attnc.result import clone_module, make_result
@@ -423,6 +424,21 @@ def test_threads_share_one_capture() -> None:
     assert len(build.calls) == 1
     for out in outs:
         torch.testing.assert_close(out, -model(x).out)
+
+
+def test_a_thread_beside_an_export_is_not_traced() -> None:
+    traced = []
+
+    class Exported(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            traced.append(being_traced())
+            beside = threading.Thread(target=lambda: traced.append(being_traced()))
+            beside.start()
+            beside.join()
+            return x + 1
+
+    torch.export.export(Exported(), (torch.ones(3, 4),), strict=False)
+    assert traced[:2] == [True, False]
 
 
 def test_nested_arguments_and_results() -> None:

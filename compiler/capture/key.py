@@ -59,11 +59,15 @@ class Tree:
 
 
 def being_traced() -> bool:
-    """Say whether this very call is traced: during an export, torch says so to all threads."""
+    """Say whether this very call is traced.
+
+    During an export torch says so to all threads, and keeps one stack of pre-dispatch modes for all of them;
+    the dispatch keys are of the thread.
+    """
     return torch.compiler.is_compiling() and (
         torch.compiler.is_dynamo_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0  # type: ignore[no-untyped-call]
+        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
     )
 
 
