@@ -111,14 +111,14 @@ _FLOAT_AMD = {
 }
 
 
-def choose(spec: AttentionSpec, *, descriptors: bool = True, listed: bool = False) -> dict[str, Config]:
+def choose(spec: AttentionSpec, *, descriptors: bool = True, lookup: bool = False) -> dict[str, Config]:
     """Return one config per architecture for this spec, and the interpreter's.
 
-    ``descriptors`` says that sm_90 and sm_100 load keys and values by tensor descriptors, ``listed`` that
-    programs look their keys up in a list.
+    ``descriptors`` says that sm_90 and sm_100 load keys and values by tensor descriptors, ``lookup`` that
+    programs look up where their keys are, and do not take tiles in turns.
     """
-    wide, busy = max(head_sizes(spec)), listed or grows(spec.mask)
-    table = {arch: _fit(spec, arch, _pick(spec, arch, wide, descriptors, busy)) for arch in SHARED_LIMIT}
+    wide = max(head_sizes(spec))
+    table = {arch: _fit(spec, arch, _pick(spec, arch, wide, descriptors, lookup)) for arch in SHARED_LIMIT}
     return {**table, "interpreter": INTERPRETER}
 
 
@@ -128,7 +128,7 @@ def head_sizes(spec: AttentionSpec) -> tuple[int, int]:
     return sum(x.size for x in keys), sum(x.size for x in values)
 
 
-def _pick(spec: AttentionSpec, arch: str, wide: int, descriptors: bool, busy: bool) -> Config:
+def _pick(spec: AttentionSpec, arch: str, wide: int, descriptors: bool, lookup: bool) -> Config:
     size = min(n for n in _HALF if n >= wide)
     if spec.q.dtype == torch.float32:
         config = (_FLOAT_AMD if arch.startswith("gfx") else _FLOAT)[size]
@@ -136,12 +136,13 @@ def _pick(spec: AttentionSpec, arch: str, wide: int, descriptors: bool, busy: bo
     elementwise = isinstance(spec.norm, Elementwise)
     if descriptors and arch in TMA and wide <= max(_TMA) and not elementwise:
         size = min(n for n in _TMA if n >= wide)
-        # Programs that take tiles in turns or by a list need more registers, which Blackwell has fewer of.
-        light = _is_light(spec) and not (arch == "sm_100" and busy)
+        # Programs that take tiles in turns need more registers, which Blackwell has fewer of.
+        turns = grows(spec.mask) and not lookup
+        light = _is_light(spec) and not (arch == "sm_100" and turns)
         config = (_TMA_LIGHT.get(size) if light else None) or _TMA[size]
         ids = any(x.per_tile and x.is_integer for x in name_inputs(spec))  # two registers each
         return replace(config, block_n=min(config.block_n, 64)) if ids else config
-    light = _is_light(spec) and not busy
+    light = _is_light(spec) and not grows(spec.mask) and not lookup
     config = (_LIGHT.get(size, {}).get(arch) if light else None) or _HALF[size][arch]
     if arch == "sm_100" and elementwise:  # 64 keys spill where nothing else is kept
         return replace(config, block_n=32)

@@ -22,8 +22,12 @@ BLOCKS = ((128, 128), (16, 32), (32, 16), (32, 64), (64, 64), (128, 32))
 _POINTERS = {"UPCAST": False, "DESCRIPTORS": False, "ROWS": 128, "COLUMNS": 128}
 
 
-choose = partial(choose_for, listed=True)
-"""The largest tiles; the launcher halves them until they divide a block."""
+choose = partial(choose_for, lookup=True)
+"""The largest tiles; the launcher halves them until they divide a block.
+
+None spills, but for four-warp tiles of a head size of 128 on sm_100: ptxas holds these to the registers with
+which more programs fit on a processor, and puts up to 16 bytes per thread on the stack.
+"""
 
 
 def _fill(spec: AttentionSpec, configs: Configs) -> dict[str, Any]:

@@ -6,9 +6,11 @@ forms/dense_variants, section 3.5 of the project's design notes.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from attnc.codegen.triton.configs import TMA, choose
+from attnc.codegen.triton.configs import TMA
+from attnc.codegen.triton.configs import choose as choose_for
 from attnc.codegen.triton.holes import argument_types, fill_holes
 from attnc.codegen.triton.inputs import name_inputs
 from attnc.codegen.triton.kinds.kind import Configs, Kind, Program, Types
@@ -29,6 +31,9 @@ LENGTHS: tuple[Lengths, ...] = (
 HEADS = (1, 2, 2, 1, 2, 2)
 """Key/value heads of each case."""
 _POINTERS = {"UPCAST": False, "DESCRIPTORS": False}
+
+choose = partial(choose_for, lookup=True)
+"""The default tiles."""
 
 
 def _fill(spec: AttentionSpec, configs: Configs) -> dict[str, Any]:

@@ -251,9 +251,11 @@ def _scratch(size, alignment, stream):
 
 
 def _divide(block, block_m, block_n, warps):
-    """Halve tiles until they divide a block, and the warps for half the queries, but for the last four."""
+    """Halve tiles until they divide a block; half the queries get half the warps, but for the last four."""
     while block[0] % block_m:
-        block_m, warps = block_m // 2, max(warps // 2, min(warps, 4))
+        block_m //= 2
+        if warps > 4:  # and half the keys, or their threads would need more registers than there are
+            block_n, warps = max(block_n // 2, min(block_n, 32)), warps // 2
     while block[1] % block_n:
         block_n //= 2
     return block_m, block_n, warps
