@@ -96,6 +96,7 @@ EVERY_KIND = (
     "grouped_bf16_128",
     "window_bf16_128",
     "documents_bf16_128",
+    "bias_bf16_128",
     "causal_bf16_192x128",
     "causal_fp32_64",
 )
