@@ -55,6 +55,8 @@ def execute_paged(
     Raises:
         ValueError: a shape or a dtype is none of these, or a length is more than the table has room for.
     """
+    from attnc.codegen.triton.holes import places  # that package imports this module
+
     room = _room(q, k_cache, v_cache, block_table, seqlens)
     lengths = seqlens.tolist()
     if any(not 0 <= n <= room for n in lengths):
@@ -62,18 +64,24 @@ def execute_paged(
     page, parts = k_cache.shape[1], []
     for b, n in enumerate(lengths):
         pages = block_table[b, : -(-n // page)].long()
-        k, v = (x[pages].flatten(0, 1)[:n].transpose(0, 1)[None] for x in (k_cache, v_cache))
-        own = [_own(o, x, b, n) for o, x in zip(spec.captured, captured, strict=True)]
-        parts.append(execute(spec, q[b : b + 1], k, v, own))
+        # A sequence that computes with its number keeps it: those before it come along.
+        entries = slice(0 if "batch" in places(spec) else b, b + 1)
+        some = q[entries]
+        k, v = (
+            x[pages].flatten(0, 1)[:n].transpose(0, 1).expand(len(some), -1, -1, -1)
+            for x in (k_cache, v_cache)
+        )
+        own = [_own(o, x, entries, n) for o, x in zip(spec.captured, captured, strict=True)]
+        parts.append([x[-1:] for x in execute(spec, some, k, v, own)])
     if not parts:
         return q.new_empty((*q.shape[:3], v_cache.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
 
-def _own(operand: Operand, x: Tensor, b: int, n: int) -> Tensor:
-    """Return what a sequence has of a captured tensor: its batch entry, and its keys."""
+def _own(operand: Operand, x: Tensor, entries: slice, n: int) -> Tensor:
+    """Return what of a captured tensor belongs to some batch entries, and to so many keys."""
     if operand.axes[0] == "b" and x.shape[0] > 1:
-        x = x[b : b + 1]
+        x = x[entries]
     return x[..., :n] if operand.axes[-1] == "k" and x.shape[-1] > 1 else x
 
 
@@ -84,7 +92,7 @@ def _room(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seql
     wanted = {
         "q": (q, (batch, *q.shape[1:3], dqk), (q.dtype,)),
         "k_cache": (k_cache, (*pages, dqk), (q.dtype,)),
-        "v_cache": (v_cache, (*pages, v_cache.shape[-1]), (q.dtype,)),
+        "v_cache": (v_cache, (*pages, v_cache.shape[-1]), (v_cache.dtype,)),
         "block_table": (block_table, (batch, block_table.shape[-1]), (torch.int32, torch.int64)),
         "seqlens": (seqlens, (batch,), (torch.int32,)),
     }

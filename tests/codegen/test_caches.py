@@ -113,6 +113,15 @@ def test_each_sequence_attends_to_its_own_keys_wherever_they_lie(run, size: int)
     assert (out[1] == 0).all()
 
 
+def test_a_sequence_that_computes_with_its_number_keeps_it() -> None:
+    spec = parse(str(CAUSAL).replace("scale(0.3)", "scale(0.3) pointwise((s*(b+1.0)))"))
+    q, k, v = draw(3, 2, 2, 12, torch.float32)
+    out, lse = attend_paged(spec, q, *paged(k, v, [12, 12, 12], 4, 12))
+    want, want_lse = spec(q, k, v)
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(lse, want_lse)
+
+
 def test_no_sequences_at_all() -> None:
     q, k, v = draw(1, 2, 2, 12, torch.float32)
     caches = paged(k, v, [12], 4, 12)

@@ -20,8 +20,8 @@ from attnc.codegen.triton.heads import head_parts
 from attnc.codegen.triton.holes import argument_types, fill_holes, part_names, visited
 from attnc.codegen.triton.inputs import Input, name_inputs
 from attnc.codegen.triton.kinds.kind import Kind, Program, Types
-from attnc.codegen.triton.steps import LOG2E
-from attnc.ir import AttentionSpec, Elementwise, Fill
+from attnc.codegen.triton.steps import LOG2E, WEIGHED
+from attnc.ir import AttentionSpec, Elementwise, Fill, Normalized, RoundedSoftmax, SignedSoftmax, Softmax
 from attnc.masks import Full
 
 CASES = ((1, 1, 1, 1), (2, 2, 1, 17), (1, 2, 3, 129), (2, 1, 3, 600), (2, 2, 1, 4099), (1, 4, 16, 1000))
@@ -41,7 +41,7 @@ class Cache:
     ``names`` are the launcher's for k and v, ``axes`` theirs in order (n: one key), ``length`` the launcher's
     size for the keys.  ``tensors`` are further arguments: the kernel's name, the launcher's, and axes.
     ``locals`` are what a tile is told beside, ``constants`` what is known at compile time: the kernel's name
-    and the launcher's.  ``end`` is how a row that saw nothing ends, where that is not what its sums say.
+    and the launcher's.  ``end`` are lines before a row is divided by ``{}``, its sum.
     """
 
     names: tuple[str, str] = ("k", "v")
@@ -138,8 +138,9 @@ def row_holes(spec: AttentionSpec, holes: dict[str, Any], cache: Cache = CONTIGU
         "out_parts": [_limited(x) for x in holes["out_parts"]],
         "branches": False,
         "start": _start(spec),
+        "sums": not isinstance(spec.norm, Elementwise),
         **_call_holes(spec, holes, kernel_inputs, cache),
-        **_combine_holes(spec, inputs, cache),
+        **_combine_holes(spec, holes, cache),
     }
 
 
@@ -174,9 +175,11 @@ def _row_input(x: Input, group: int) -> dict[str, Any]:
 
 def _start(spec: AttentionSpec) -> list[str]:
     """Return the lines that start a share: a sink enters where the shares are added, once."""
-    softmax = ['m = tl.full([BLOCK_M], float("-inf"), tl.float32)', "l = tl.zeros([BLOCK_M], tl.float32)"]
-    sums = [f"acc{x.tag} = tl.zeros([BLOCK_M, {x.size}], tl.float32)" for x in head_parts(spec)[1]]
-    return sums if isinstance(spec.norm, Elementwise) else [*softmax, *sums]
+    zeros = [f"acc{x.tag} = tl.zeros([BLOCK_M, {x.size}], tl.float32)" for x in head_parts(spec)[1]]
+    if isinstance(spec.norm, Elementwise):
+        return zeros
+    least = "0.0" if isinstance(spec.norm, Normalized) else 'float("-inf")'
+    return [f"m = tl.full([BLOCK_M], {least}, tl.float32)", "l = tl.zeros([BLOCK_M], tl.float32)", *zeros]
 
 
 def _call_holes(
@@ -192,7 +195,7 @@ def _call_holes(
         f"{state}, {part_names('q', k_parts)}, rows, n,",
         f"{_at(keys)}, k_n, k_d, {_at(values)}, v_n, v_d,",
         *_lines(list(cache.locals)),
-        *_lines([t for x in inputs for t in _tile_terms(x)]),
+        *_lines([*(t for x in inputs for t in _tile_terms(x)), *holes["places"]]),
         "sq, sk,",
     ]
     constants = ["UPCAST", *(x for x, _ in cache.constants), "BLOCK_N"]
@@ -252,8 +255,8 @@ def share_lines(spec: AttentionSpec, call: list[str]) -> list[str]:
     what the others saw.
     """
     fill = visited(spec)
-    softmax = not isinstance(spec.norm, Elementwise)
-    if not isinstance(spec.mask, Full) and softmax and tiles.floor(spec.mask, fill) is not None:
+    exponential = not isinstance(spec.norm, WEIGHED)
+    if not isinstance(spec.mask, Full) and exponential and tiles.floor(spec.mask, fill) is not None:
         fill = Fill(0.0)
     bounds, counts = tiles.shares(spec.mask, fill)
     reads = re.findall(r"\b(?:first|last)\b", " ".join(bounds))
@@ -272,24 +275,11 @@ def share_lines(spec: AttentionSpec, call: list[str]) -> list[str]:
     return [*lines, loop, *(f"    {line}" for line in [*step, *call])]
 
 
-def _combine_holes(spec: AttentionSpec, inputs: tuple[Input, ...], cache: Cache) -> dict[str, Any]:
+def _combine_holes(spec: AttentionSpec, holes: dict[str, Any], cache: Cache) -> dict[str, Any]:
     """Return parameters and arguments of the kernel that adds the shares, and where it starts and ends."""
-    sink, softmax = spec.norm.sink, not isinstance(spec.norm, Elementwise)
-    logits = [x for x in inputs if x.role == "sink"]
-    start = ['m = float("-inf")', "l = 0.0"] if softmax else []
-    if logits:
-        start = [
-            f"m = tl.load({_sink_address(logits[0])}).to(tl.float32) * {LOG2E!r}  # the sink",
-            'l = tl.where(m == float("-inf"), 0.0, 1.0)',
-        ]
-    elif isinstance(sink, float) and sink != -math.inf:
-        start = [f"m = {sink * LOG2E!r}  # the sink", "l = 1.0"]
-    end: tuple[str, ...] = ()
-    if softmax and spec.norm.safe and sink is None:
-        end = ("total = tl.where(l == 0.0, 1.0, l)  # a query that sees no key gets zeros",)
-    elif softmax:
-        end = cache.end
-    shares = ["acc", "l", "m"] if softmax else ["acc"]
+    logits = [x for x in name_inputs(spec) if x.role == "sink"]
+    end, over = _end(spec, holes, cache)
+    shares = ["acc"] if isinstance(spec.norm, Elementwise) else ["acc", "l", "m"]
     tables = [x for x in cache.tensors if x[0] in " ".join(end)]
     strides = [
         *(f"{x}_{a}" for x, _, axes in tables for a in axes),
@@ -301,8 +291,9 @@ def _combine_holes(spec: AttentionSpec, inputs: tuple[Input, ...], cache: Cache)
     return {
         "together": TOGETHER,
         "least_tiles": LEAST_TILES,
-        "combine_start": start,
+        "combine_start": _combine_start(spec, logits),
         "combine_end": end,
+        "over": over,
         "combine_params": [
             *_lines([f"{x}_ptr" for x in [*(x for x, _, _ in tables), *shares, *tail]]),
             *_lines([*strides, *sizes]),
@@ -312,8 +303,52 @@ def _combine_holes(spec: AttentionSpec, inputs: tuple[Input, ...], cache: Cache)
     }
 
 
-def _sink_address(x: Input) -> str:
-    return f"{x.name}_ptr + row // sq % heads * {x.name}_h" if x.axes else f"{x.name}_ptr"
+def _combine_start(spec: AttentionSpec, logits: list[Input]) -> list[str]:
+    """Return the lines that start the sums of a row: with its sink, if there is one."""
+    if isinstance(spec.norm, Elementwise):
+        return []
+    if logits:
+        x = logits[0].name
+        address = f"{x}_ptr + row // sq % heads * {x}_h" if logits[0].axes else f"{x}_ptr"
+        return [
+            f"m = tl.load({address}).to(tl.float32) * {LOG2E!r}  # the sink",
+            'l = tl.where(m == float("-inf"), 0.0, 1.0)',
+        ]
+    sink = spec.norm.sink
+    if isinstance(sink, float) and sink != -math.inf:
+        return [f"m = {sink * LOG2E!r}  # the sink", "l = 1.0"]
+    return ["m = 0.0" if isinstance(spec.norm, Normalized) else 'm = float("-inf")', "l = 0.0"]
+
+
+def _end(spec: AttentionSpec, holes: dict[str, Any], cache: Cache) -> tuple[list[str], str]:
+    """Return the lines that end a row with its log-sum-exp, and what its sum of values is divided by."""
+    if isinstance(spec.norm, Elementwise):
+        return ["lse = 0.0"], ""
+    lines: list[str] = []
+    lse: list[str] = []
+    if isinstance(spec.norm, Normalized):
+        lines = [f"whole = {holes['whole']}", "lse = tl.log(whole)"]
+        lines.append("total = whole / m  # acc is in units of m")
+    elif isinstance(spec.norm, RoundedSoftmax):
+        natural = f"m * {holes['ln2']}"
+        if holes["extreme"]:
+            natural = f"tl.where(m < {holes['least']}, m, {natural})"
+        lines = [
+            f"natural = {natural}",
+            "lse = natural + tl.log(l)",
+            "total = tl.exp(lse - natural)  # not l where rounding loses it, as in a row of huge scores",
+        ]
+    else:
+        lse = [f"lse = (m + tl.log2(l)) * {holes['ln2']}"]
+        if holes["extreme"]:
+            far = "-tl.abs(m)" if isinstance(spec.norm, SignedSoftmax) else "m"
+            stands = f"lse = tl.where({far} < {holes['least']}, m, lse)"
+            lse.append(f"{stands}  # a row of scores that stood for themselves")
+    if holes["safe"]:
+        lines = ["total = tl.where(l == 0.0, 1.0, l)  # a query that sees no key gets zeros"]
+    elif cache.end:
+        lines += [line.format("total" if lines else "l") for line in cache.end]
+    return [*lines, *lse], " / total" if lines else " / l"
 
 
 def decode_types(spec: AttentionSpec) -> Types:
@@ -328,5 +363,7 @@ KIND = Kind(
     choose_decode,
     fill_decode,
     programs=(Program(), Program("combine", constants={})),
+    norms=(Softmax, SignedSoftmax, RoundedSoftmax, Elementwise, Normalized),
+    places="qkhb",
     types=decode_types,
 )

@@ -9,11 +9,13 @@ Source: PagedAttention (arXiv:2309.06180), section 4.1.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from attnc.codegen.triton.configs import Config
 from attnc.codegen.triton.holes import fill_holes
 from attnc.codegen.triton.inputs import Input, name_inputs
+from attnc.codegen.triton.kinds.decode import KIND as DECODE
 from attnc.codegen.triton.kinds.decode import Cache, choose_decode, decode_types, row_holes
 from attnc.codegen.triton.kinds.kind import Kind, Program, Types
 from attnc.ir import AttentionSpec, Miss
@@ -31,9 +33,14 @@ PAGES = Cache(
     constants=(("PAGE", "page"),),
     end=(
         "sk = tl.load(seqlens_ptr + row // sq // heads * seqlens_b)",
-        "total = tl.where(sk == 0, 1.0, l)  # a sequence without keys gets zeros",
+        "total = tl.where(sk == 0, 1.0, {})  # a sequence without keys gets zeros",
     ),
 )
+
+
+def choose_paged(spec: AttentionSpec) -> dict[str, Config]:
+    """Return the tiles of decode, with as many more stages for the table, on which the loads of keys wait."""
+    return {arch: replace(c, stages=2 * c.stages - 1) for arch, c in choose_decode(spec).items()}
 
 
 def fill_paged(spec: AttentionSpec, configs: dict[str, Config]) -> dict[str, Any]:
@@ -89,9 +96,11 @@ def paged_types(spec: AttentionSpec) -> Types:
 KIND = Kind(
     "paged",
     "paged.py.j2",
-    choose_decode,
+    choose_paged,
     fill_paged,
     obstacles,
     programs=(Program(constants={"UPCAST": False, "PAGE": 16}), Program("combine", constants={})),
+    norms=DECODE.norms,
+    places="qkh",  # the reference takes each sequence by itself, and so as the first
     types=paged_types,
 )

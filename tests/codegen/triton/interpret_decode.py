@@ -61,6 +61,7 @@ BREAKS = (
     ("head_biases", "h * bias0_h", "kv * bias0_h"),
     ("head_biases", "tl.cast(rows, tl.int64) * bias0_q", "0 * bias0_q"),
     ("padded_cache", "h = kv * 4", "h = kv * 2"),
+    ("sloped_cache", "head = h.to(tl.int32)[:, None]", "head = (h - h % 2).to(tl.int32)[:, None]"),
     ("sigmoid_cache", "acc += tl.sum(share, 0)", "acc = tl.sum(share, 0)"),
 )
 PAGED_BREAKS = (

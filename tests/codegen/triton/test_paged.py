@@ -25,8 +25,8 @@ from tests.codegen.triton.test_decode import (
 )
 
 QUICK = ("cache", "window_of_a_cache", "padded_cache", "head_biases", "sigmoid_cache")
-ALONE = ("packed",)
-"""Its one tensor is as long as the queries and the keys, which cannot be here."""
+ALONE = ("packed", "angles")
+"""One tensor as long as the queries and the keys, which cannot be here; and the number of a batch entry."""
 
 
 @pytest.fixture(scope="session")

@@ -32,11 +32,11 @@ DTYPE = torch.float16
 GROUP = 4  # query heads per key/value head
 # (BLOCK_M rows at most, BLOCK_N keys, warps, stages) of one program; a row is a query of one of the 4 heads
 CONFIGS = {
-    "sm_80": (32, 64, 4, 3),
-    "sm_86": (32, 64, 4, 3),
-    "sm_90": (64, 64, 4, 3),
-    "sm_100": (64, 64, 4, 3),
-    "gfx942": (32, 64, 4, 3),
+    "sm_80": (32, 64, 4, 5),
+    "sm_86": (32, 64, 4, 5),
+    "sm_90": (64, 64, 4, 5),
+    "sm_100": (64, 64, 4, 5),
+    "gfx942": (32, 64, 4, 5),
     "interpreter": (16, 32, 1, 1),
 }
 
