@@ -27,7 +27,7 @@ from attnc.codegen.operators import (
     with_tangent,
     without_tangent,
 )
-from attnc.codegen.tangents import tangent, tangent_gradients
+from attnc.codegen.tangents import Results, tangent, tangent_gradients
 from attnc.errors import UnsupportedError
 from attnc.printer import parse
 
@@ -40,7 +40,6 @@ _BACKWARD = (
     " Tensor[] captured, Tensor[] tangents, bool[] given, Tensor out, Tensor lse, Tensor tout, Tensor tlse,"
     " str spec, bool[] needs) -> Tensor[]"
 )
-Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @operator("attend_tangent", _TANGENT)
@@ -80,6 +79,22 @@ def _tangent_fake(
     out, lse = (b, h, sq, v.shape[3]), (b, h, sq)
     work = work_dtype(q)
     return q.new_empty(out), q.new_empty(lse, dtype=work), q.new_empty(out), q.new_empty(lse, dtype=work)
+
+
+@attend_tangent.register_kernel("cuda")
+def _tangent_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor],
+    tangents: Sequence[Tensor],
+    given: Sequence[bool],
+    spec: str,
+) -> Results:
+    """Run the emitted Triton kernel, or plain torch where none can serve the spec."""
+    from attnc.codegen.triton.launch import run_tangent
+
+    return run_tangent(parse(spec), q, k, v, captured, _spread(tangents, given))
 
 
 @operator("attend_tangent_backward", _BACKWARD)

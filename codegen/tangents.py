@@ -32,6 +32,9 @@ from attnc.ir import (
 )
 from attnc.masks import Full, Grid
 
+Results = tuple[Tensor, Tensor, Tensor, Tensor]
+"""An output, its log-sum-exp, and the tangent of each."""
+
 
 def tangent(
     spec: AttentionSpec,
@@ -40,7 +43,7 @@ def tangent(
     v: Tensor,
     captured: Sequence[Tensor],
     tangents: Sequence[Tensor | None],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Results:
     """Return out and lse as ``execute`` does, and the tangent of each, in its dtype.
 
     ``tangents`` are those of (q, k, v, *captured), in the shapes of these; None stands for zeros.

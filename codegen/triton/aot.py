@@ -112,7 +112,7 @@ def compile_for(kernel: Kernel, module: ModuleType, target: str, program: Progra
     known: dict[str, Any] = {**ones, **program.constants, "BLOCK_M": block_m, "BLOCK_N": block_n}
     constants = {name: known[name] for name in fn.arg_names if name in known}
     signature = {
-        name: types.get(name, "constexpr") if name not in ones else "constexpr" for name in fn.arg_names
+        name: "constexpr" if name in constants else types.get(name, "constexpr") for name in fn.arg_names
     }
     # What the launcher's real arguments are: aligned pointers and strides; lengths may be anything.
     aligned = {(i,) for i, n in enumerate(fn.arg_names) if signature[n][0] == "*" or n[-2:-1] == "_"}

@@ -190,3 +190,44 @@ def choose_backward(spec: AttentionSpec) -> dict[str, Config]:
 def choose_keys(spec: AttentionSpec) -> dict[str, Config]:
     """Return one config per architecture for the backward programs that hold keys."""
     return choose(spec, descriptors=False)
+
+
+_TANGENT = {
+    64: {
+        "sm_80": Config(128, 32, 8, 2),
+        "sm_86": Config(128, 32, 8, 2),
+        "sm_90": Config(128, 32, 8, 3),
+        "sm_100": Config(128, 32, 8, 3),
+        "gfx942": Config(128, 32, 4, 2),
+    },
+    128: {
+        "sm_80": Config(64, 32, 8, 1),
+        "sm_86": Config(64, 32, 8, 1),
+        "sm_90": Config(128, 16, 8, 2),
+        "sm_100": Config(128, 32, 8, 2),
+        "gfx942": Config(64, 32, 4, 1),
+    },
+    256: {
+        "sm_80": Config(32, 16, 8, 1),
+        "sm_86": Config(32, 16, 8, 1),
+        "sm_90": Config(16, 16, 8, 1),
+        "sm_100": Config(16, 16, 8, 1),
+        "gfx942": Config(32, 16, 4, 1),
+    },
+}
+"""Two outputs to carry, and four tensors to load per tile of keys."""
+_TANGENT_FLOAT = {64: Config(32, 16, 8, 1), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)}
+MOST_MOVED = max(_TANGENT)
+"""The largest head size of a kernel that carries an output and its tangent."""
+
+
+def choose_tangent(spec: AttentionSpec) -> dict[str, Config]:
+    """Return one config per architecture for programs that carry an output and its tangent."""
+    wide = max(head_sizes(spec))
+    if spec.q.dtype == torch.float32:
+        table = dict.fromkeys(SHARED_LIMIT, _TANGENT_FLOAT[min(n for n in _TANGENT_FLOAT if n >= wide)])
+    else:
+        table = _TANGENT[min(n for n in _TANGENT if n >= wide)]
+    if _loads_tiles(spec) or any(len(x) > 1 or x[0].used < x[0].size for x in head_parts(spec)):
+        table = {arch: replace(x, block_n=max(16, x.block_n // 2)) for arch, x in table.items()}
+    return {**table, "interpreter": INTERPRETER}

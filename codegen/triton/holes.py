@@ -163,7 +163,7 @@ def _input_holes(spec: AttentionSpec, inputs: tuple[Input, ...], layout: Layout)
         "signature": ", ".join(names),
         "arguments": ", ".join(names),
         "tensors": [{"line": _describe(x)} for x in inputs],
-        "inputs": [_input(x) for x in inputs],
+        "inputs": [input_holes(x) for x in inputs],
         "samples": [_sample(next((x for x in inputs if x.tensor == t), None)) for t in tensors],
         "blanks": [line for at, t in enumerate(tensors) for line in _blank(spec, inputs, t, at + 3)],
     }
@@ -180,9 +180,11 @@ def _describe(x: Input) -> str:
     return f"{x.tensor} {layout}: {_ROLES[x.role]}."
 
 
-def _input(x: Input) -> dict[str, Any]:
+def input_holes(x: Input) -> dict[str, Any]:
+    """Return what templates read of an input: its name, addresses and loads."""
     keys: dict[str, Any] = {
         "name": x.name,
+        "per_tile": x.per_tile,
         "tensor": x.tensor,
         "base": x.base(),
         "target": x.target(),
@@ -225,8 +227,8 @@ def _score_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, An
         "exact_tanh": spec.q.dtype == torch.float32,
         "two_log2e": repr(2 * LOG2E),
         "steps": kernel_steps(spec.scores, inputs, base2=not isinstance(spec.norm, WEIGHED)),
-        "step_loads": [_input(x) for x in scoring if x.per_tile],
-        "early_loads": [_input(x) for x in inputs if not x.per_tile and x.role != "sink"],
+        "step_loads": [input_holes(x) for x in scoring if x.per_tile],
+        "early_loads": [input_holes(x) for x in inputs if not x.per_tile and x.role != "sink"],
         "reference_steps": reference_steps(spec.scores, inputs),
         "positions": any(isinstance(s, Pointwise) and reads_positions(s) for s in spec.scores),
         "places": places(spec),
@@ -252,7 +254,7 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: boo
         ", ".join(f"{t}{x.tag}_at" for x in found) for t, found in (("k", k_parts), ("v", v_parts))
     )
     given = [f"{state}, {queries}, first, n,", f"{keys}, k_n, k_d, {values}, v_n, v_d,"]
-    extra = [t for x in inputs if x.role != "sink" for t in _tile_terms(x)]
+    extra = [t for x in inputs if x.role != "sink" for t in tile_terms(x)]
     extra += places(spec)
     given += [_row(extra)] if extra else []
     given.append("sq, sk,")
@@ -276,7 +278,7 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: boo
         ],
         "keep": tiles.keep(spec.mask, inputs) if masked else "",
         "fill": fill_text(spec.fill, base2=exponential),
-        "mask_loads": [_input(x) for x in inputs if x.role in ("valid", "seen", "ids") and x.per_tile],
+        "mask_loads": [input_holes(x) for x in inputs if x.role in ("valid", "seen", "ids") and x.per_tile],
         "unmasked_tile": call(False),
         "masked_tile": call(True),
         "loops": tiles.loops(spec.mask, fill, call),
@@ -289,7 +291,7 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: boo
     }
 
 
-def _tile_terms(x: Input) -> list[str]:
+def tile_terms(x: Input) -> list[str]:
     """Return what a tile is told of an input: its address and strides, or its value."""
     if not x.per_tile:
         return [x.name]

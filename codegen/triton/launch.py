@@ -1,7 +1,7 @@
 """Run a spec on tensors through its emitted kernels.
 
-``run`` and ``run_backward`` are the CUDA implementations of the operators, ``run_blocks`` computes listed
-blocks only, ``run_varlen`` takes packed sequences.
+``run``, ``run_backward`` and ``run_tangent`` are the CUDA implementations of the operators, ``run_blocks``
+computes listed blocks only, ``run_varlen`` takes packed sequences.
 The first call of a spec at lengths of one size emits the file, with the tiles that tuning picked for them if
 it was asked to, keeps it (``attnc.codegen.triton.store``) and imports it; later calls find the launcher in
 memory.  A spec or a call that no kernel serves runs as plain torch, and the log says why, once.
@@ -20,11 +20,13 @@ from attnc import logs
 from attnc.block_list import BlockList
 from attnc.codegen.caches import execute_paged
 from attnc.codegen.ops import execute, gradients
+from attnc.codegen.tangents import Results, tangent
 from attnc.codegen.triton import picks
 from attnc.codegen.triton.emit import can_run, emit
 from attnc.codegen.triton.packed import execute_packed
 from attnc.codegen.triton.picks import Place, place_of
 from attnc.codegen.triton.store import load
+from attnc.codegen.triton.tangents import takes_tangent
 from attnc.ir import AttentionSpec
 
 log = logs.get("codegen")
@@ -32,7 +34,8 @@ kernel_log = logs.artifact("kernel")
 
 Launcher = Callable[..., tuple[Tensor, Tensor]]
 Gradients = Callable[..., list[Tensor | None]]
-_ENTRIES = {"forward": "attend", "backward": "backward"}
+Tangents = Callable[..., Results]
+_ENTRIES = {"forward": "attend", "backward": "backward", "tangent": "tangent"}
 """The kernel's name, and that of the function which launches it, by kind."""
 
 FEW, LONG = 16, 512
@@ -202,6 +205,34 @@ def run_backward(
 def backward_launcher(spec: AttentionSpec, place: Place | None = None) -> Gradients | None:
     """Return ``backward`` of the spec's kernels, emitted at the first call, or None if none can serve it."""
     return cast(Gradients | None, _load(spec, "backward", place))
+
+
+def run_tangent(
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor],
+    tangents: Sequence[Tensor | None],
+) -> Results:
+    """Return results and tangents as ``attnc::attend_tangent`` does, from the emitted kernel where it serves.
+
+    Raises:
+        ValueError: shapes do not fit the spec.
+        CodegenError: the emitted file does not import.
+    """
+    spec = _sized(spec, q, v)
+    kernel = tangent_launcher(spec)
+    if kernel is None or not _fits(spec, q, k, v) or k.shape[2] == 0:
+        return tangent(spec, q, k, v, captured, tangents)
+    moved = [t for t, x in zip(tangents[3:], spec.captured, strict=True) if takes_tangent(spec, x)]
+    return kernel(q, k, v, *captured, *tangents[:3], *moved)
+
+
+@cache
+def tangent_launcher(spec: AttentionSpec) -> Tangents | None:
+    """Return ``tangent`` of the spec's kernel, emitted at the first call, or None if none can serve it."""
+    return cast(Tangents | None, _load(spec, "tangent", None))
 
 
 def _load(spec: AttentionSpec, kind: str, place: Place | None) -> Callable[..., object] | None:
