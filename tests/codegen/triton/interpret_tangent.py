@@ -14,6 +14,7 @@ import io
 import json
 import os
 import sys
+from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -114,7 +115,7 @@ def notices(spec: AttentionSpec, name: str, at: int, old: str, new: str) -> bool
 def main(names: list[str]) -> None:
     numpy.seterr(all="ignore")
     torch.set_num_threads(1)
-    lines = open(os.path.join(os.path.dirname(__file__), "corpus.txt"), encoding="utf-8").read().splitlines()
+    lines = (Path(__file__).parent / "corpus.txt").read_text(encoding="utf-8").splitlines()
     corpus = {n: parse(s) for n, _, s in (line.partition(" ") for line in lines if not line.startswith("#"))}
     for name, spec in corpus.items():
         if name not in names:
