@@ -17,15 +17,15 @@ from attnc.printer import parse
 HERE = Path(__file__).parent
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+RUNS = {"interpreted", "some", "decoded", "paged", "rows", "more_rows"}
+"""Fixtures that run emitted kernels under the interpreter."""
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
     """Keep the tests that share one run of the interpreter in one process, so that it runs once."""
-    for item in items:
-        names = set(getattr(item, "fixturenames", ()))
-        if item.path.parent == HERE and "interpreted" in names:
-            item.add_marker(pytest.mark.xdist_group("interpreted"))
-        elif item.path.parent == HERE and names & {"some", "decoded", "paged", "rows", "more_rows"}:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    used = RUNS & set(getattr(item, "fixturenames", ()))
+    if used:
+        item.add_marker(pytest.mark.xdist_group("interpreted" if "interpreted" in used else item.path.stem))
 
 
 @pytest.fixture(autouse=True)
