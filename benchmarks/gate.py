@@ -6,9 +6,10 @@
 The specs: those of ``tests/codegen/triton/corpus.txt``, and a sample of what models ask for (``SAMPLE``).
 Each is emitted with its default config per GPU and compiled for sm_80, sm_90, sm_100 and gfx942; a row holds
 registers, shared memory, spills and instructions by kind (``attnc.codegen.triton.aot`` says from where), and
-a fingerprint of what was compiled.  The rows of the running triton take their places in
-``tests/codegen/triton/gate.csv``, those of other versions stay; ``test_gate.py`` holds the table to its
-rules.  Prints what does not compile, spills or is over the limit, and what became worse since the last table.
+a fingerprint of what was compiled.  A kernel whose fingerprint ``tests/codegen/triton/gate.csv`` has for the
+running triton keeps its rows, unless ``--again`` asks for all; the others take their places in the table, and
+the rows of other versions stay.  ``test_gate.py`` holds the table to its rules.  Prints what does not
+compile, spills or is over the limit, and what became worse since the last table.
 Nothing here says how fast a kernel is.
 """
 
@@ -42,6 +43,7 @@ from machine import about
 
 from attnc.codegen.triton import can_run, emit
 from attnc.codegen.triton.aot import TARGETS, report_rows
+from attnc.codegen.triton.emit import kind_of, spec_of
 from attnc.codegen.triton.kinds import KINDS
 from attnc.ir import AttentionSpec, Kernel
 from attnc.printer import parse
@@ -136,11 +138,13 @@ def kernels(case: str, spec: AttentionSpec) -> dict[str, Kernel]:
 def fingerprint(source: str) -> str:
     """Return a digest of what is compiled of an emitted file: its spec, its values, its jit functions.
 
-    Comments, docstrings, the launcher and the self-test may change without a new compilation.
+    And of how: the programs of its kind and the types of their arguments.  Comments, docstrings, the launcher
+    and the self-test may change without a new compilation.
     """
+    own, chosen = spec_of(source), KINDS[kind_of(source)]
     nodes = [n for n in ast.parse(source).body if isinstance(n, ast.Assign) or _is_jit(n)]
-    spec = re.search(r"^spec .*$", source, re.MULTILINE)
-    parts = [spec[0] if spec else "", *(" ".join(_tokens(ast.get_source_segment(source, n))) for n in nodes)]
+    how = repr((chosen.programs, chosen.more(own), chosen.types(own)))
+    parts = [str(own), how, *(" ".join(_tokens(ast.get_source_segment(source, n))) for n in nodes)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -160,8 +164,11 @@ def _tokens(text: str | None) -> Iterator[str]:
         before = token.type
 
 
-def measure(case: str, spec: AttentionSpec) -> list[Row]:
-    """Compile a spec's kernels for every target; the user's kernels and triton's cache are not touched."""
+def measure(case: str, spec: AttentionSpec, kept: Iterable[str] = ()) -> list[Row]:
+    """Compile a spec's kernels for every target, but for those whose fingerprints are ``kept``.
+
+    The user's kernels and triton's cache are not touched.
+    """
     import triton
 
     rows = []
@@ -171,16 +178,20 @@ def measure(case: str, spec: AttentionSpec) -> list[Row]:
             for kind, kernel in kernels(case, spec).items():
                 known = {"case": case, "kind": kind, "triton": triton.__version__}
                 known |= {"fingerprint": fingerprint(kernel.source)}
-                rows += [known | row for row in report_rows(kernel)]
+                if known["fingerprint"] not in kept:
+                    rows += [known | row for row in report_rows(kernel)]
     for row in rows:  # a compiler's words may name files of this machine
         row["error"] = row["error"] and re.sub(r"/\S*/", "", row["error"])
     return rows
 
 
-def measure_all(todo: dict[str, AttentionSpec], jobs: int) -> Iterator[Row]:
-    """Yield the rows of every spec, from ``jobs`` processes, in order."""
+def measure_all(todo: dict[str, AttentionSpec], kept: list[Row], jobs: int) -> Iterator[Row]:
+    """Yield the rows of every spec, kept or from ``jobs`` processes, in order."""
+    prints = [{r["fingerprint"] for r in kept if r["case"] == case} for case in todo]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        for rows in pool.map(measure, todo, todo.values()):
+        for case, rows in zip(todo, pool.map(measure, todo, todo.values(), prints), strict=True):
+            now = {fingerprint(kernel.source) for kernel in kernels(case, todo[case]).values()}
+            yield from (r for r in kept if r["case"] == case and r["fingerprint"] in now)
             yield from rows
 
 
@@ -245,14 +256,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", help="specs whose name this pattern finds; nothing is written")
+    parser.add_argument("--again", action="store_true", help="compile what the table has, too")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     a = parser.parse_args()
     warnings.filterwarnings("ignore")
     result = about("torch", "triton")
     before = {identity(r): r for r in read()}
     todo = {n: s for n, s in specs().items() if not a.only or re.search(a.only, n)}
+    version = result["versions"]["triton"]
+    kept = [] if a.again else [r for r in before.values() if r["triton"] == version]
     start, rows = time.monotonic(), []
-    for row in measure_all(todo, a.jobs):
+    for row in measure_all(todo, kept, a.jobs):
         rows.append(row)
         _print(row, before.get(identity(row)))
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -260,11 +274,15 @@ def main() -> None:
         "seconds": round(time.monotonic() - start),
         "processor_seconds": round(spent.ru_utime + spent.ru_stime),
     }
-    result |= {"specs": len(todo), "rows": len(rows), "at_fault": sum(faults(r) is not None for r in rows)}
+    result |= {
+        "specs": len(todo),
+        "rows": len(rows),
+        "compiled": sum(r not in kept for r in rows),
+        "at_fault": sum(faults(r) is not None for r in rows),
+    }
     print(json.dumps(result))
     if a.only:
         return
-    version = result["versions"]["triton"]
     write([*rows, *(r for r in before.values() if r["triton"] != version)])
     kept = json.loads(SUMMARY.read_text()) if SUMMARY.is_file() else {}
     SUMMARY.write_text(json.dumps(dict(sorted((kept | {version: result}).items())), indent=1) + "\n")

@@ -30,14 +30,16 @@ def test_every_spec_has_a_kernel_and_some_have_every_kind(gate: ModuleType) -> N
 
 
 def test_a_fingerprint_is_of_what_is_compiled(gate: ModuleType) -> None:
-    source = (
-        '"""Doc.\n\nspec    attn q\n"""\nN = {1: (64, 32)}\n@triton.jit\ndef f(x):\n    """Say."""\n'
-        "    return x + 1  # why\ndef launch():\n    return f(2)\n"
-    )
-    same = source.replace("Say", "Tell").replace("why", "because").replace("f(2)", "f(3)")
+    source = gate.kernels("causal", gate.specs()["causal"])["forward"].source
+    same = source.replace("One program: ", "A program: ").replace("for key, value", "for value, key")
+    same = same.replace("  # ", "  # that is: ").replace("def launch(", "def start(")
+    assert same != source
     assert gate.fingerprint(same) == gate.fingerprint(source)
-    for old, new in (("x + 1", "x + 2"), ("64", "128"), ("attn q", "attn k")):
+    for old, new in (("ki <= qi", "ki < qi"), ('"sm_90": (', '"sm_90": (2, '), ("mask=causal", "mask=none")):
+        assert old in source
         assert gate.fingerprint(source.replace(old, new)) != gate.fingerprint(source)
+    backward = source.replace("kind    forward", "kind    backward")
+    assert gate.fingerprint(backward) != gate.fingerprint(source)
 
 
 def test_a_kernel_is_worse_beyond_the_margins_only(gate: ModuleType) -> None:
