@@ -27,9 +27,7 @@ _FLOAT_ROLES = ("bias", "gain", "side", "sink")
 _OTHER = {"top": 'float("inf")', "share": "1.0", "delta": "0.0"}
 
 
-def fill_holes(
-    spec: AttentionSpec, configs: dict[str, Config], layout: Layout = BACKWARD
-) -> dict[str, Any]:
+def fill_holes(spec: AttentionSpec, configs: dict[str, Config], layout: Layout = BACKWARD) -> dict[str, Any]:
     """Return the value of every named hole, for a canonical spec and a layout with ``out`` and ``dout``."""
     frame = holes.fill_holes(spec, configs, descriptors=False, layout=layout)
     own = _Backward(spec, frame, layout)
@@ -410,9 +408,7 @@ class _Backward:
             "over": over,
             **wide,
             "places": {"b": " * batch", "h": " * heads", "": ""}[here],
-            "call": self._call(
-                own, [*self.stats, f"d_{g.x.name}"], self.pair_inputs, "qk", "batch", "heads"
-            ),
+            "call": self._call(own, [*self.stats, f"d_{g.x.name}"], self.pair_inputs, "qk", "batch", "heads"),
         }
 
     def _result(self, operand: str) -> str:

@@ -59,7 +59,9 @@ PACKED = Layout(
 ``tokens`` is Tq, ``longest`` the most queries of a sequence.
 """
 
-BACKWARD = Layout({**DENSE.axes, "out": "bhme", "dout": "bhme"}, sizes=("heads", "sq", "sk", "batch", "kv_heads"))
+BACKWARD = Layout(
+    {**DENSE.axes, "out": "bhme", "dout": "bhme"}, sizes=("heads", "sq", "sk", "batch", "kv_heads")
+)
 """As ``DENSE``, with the output and its gradient ``[B, H, Sq, Dv]``, any strides."""
 
 PACKED_BACKWARD = Layout(
