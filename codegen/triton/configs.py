@@ -227,7 +227,8 @@ _HELD_PAIRS = {
     128: {"sm_80": Config(32, 64, 8, 2), "sm_86": Config(32, 64, 8, 2), "sm_90": Config(64, 32, 8, 2)},
 }
 """Likewise, where a value is loaded for every pair of query and key."""
-_HELD_FLOAT = {64: Config(32, 32, 8, 1), 128: Config(16, 16, 8, 1), 576: Config(16, 16, 4, 1)}
+_HELD_FLOAT = {64: Config(16, 16, 4, 1), 128: Config(16, 16, 8, 1), 576: Config(16, 16, 8, 1)}
+_HELD_FLOAT_AMD = {64: Config(32, 32, 4, 1), 576: Config(16, 16, 4, 1)}
 
 
 def choose_packed_backward(spec: AttentionSpec) -> dict[str, Config]:
@@ -242,7 +243,8 @@ def choose_packed_keys(spec: AttentionSpec) -> dict[str, Config]:
     """Return one config per architecture for the backward of packed sequences, programs that hold keys."""
     wide = max(head_sizes(spec))
     if spec.q.dtype == torch.float32:
-        table = dict.fromkeys(SHARED_LIMIT, _HELD_FLOAT[min(n for n in _HELD_FLOAT if n >= wide)])
+        nvidia, amd = (t[min(n for n in t if n >= wide)] for t in (_HELD_FLOAT, _HELD_FLOAT_AMD))
+        table = {arch: amd if arch.startswith("gfx") else nvidia for arch in SHARED_LIMIT}
     else:
         size = min(n for n in _HELD if n >= wide)
         table = {**_HELD[size], **(_HELD_PAIRS.get(size, {}) if _loads_tiles(spec) else {})}
