@@ -202,13 +202,13 @@ _HELD = {
         "sm_80": Config(32, 128, 8, 2),
         "sm_86": Config(32, 128, 8, 2),
         "sm_90": Config(32, 128, 8, 2),
-        "sm_100": Config(32, 128, 8, 2),
+        "sm_100": Config(64, 64, 8, 2),
         "gfx942": Config(32, 64, 4, 2),
     },
     128: {
         "sm_80": Config(64, 64, 8, 2),
         "sm_86": Config(64, 64, 8, 2),
-        "sm_90": Config(32, 128, 8, 2),
+        "sm_90": Config(32, 64, 8, 2),
         "sm_100": Config(32, 128, 8, 2),
         "gfx942": Config(32, 32, 4, 1),
     },
@@ -234,9 +234,11 @@ _HELD_FLOAT_AMD = {64: Config(32, 32, 4, 1), 576: Config(16, 16, 4, 1)}
 def choose_packed_backward(spec: AttentionSpec) -> dict[str, Config]:
     """Return one config per architecture for the backward of packed sequences, programs that hold queries."""
     table = choose(spec, descriptors=False, lookup=True)
-    if not _loads_tiles(spec) or spec.q.dtype == torch.float32:
+    if spec.q.dtype == torch.float32:
         return table
-    return {**table, **_PAIRS.get(min(n for n in _HELD if n >= max(head_sizes(spec))), {})}
+    size = min(n for n in _HELD if n >= max(head_sizes(spec)))
+    pairs = _PAIRS.get(size, {}) if _loads_tiles(spec) else {}
+    return {**table, **({"sm_100": Config(128, 64, 8, 3)} if size == 64 else {}), **pairs}
 
 
 def choose_packed_keys(spec: AttentionSpec) -> dict[str, Config]:
