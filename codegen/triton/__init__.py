@@ -2,8 +2,8 @@
 
 ``can_run`` says why a spec has no kernel, ``emit`` writes one, ``emit_all`` those of a model.  ``run`` is the
 CUDA implementation of ``torch.ops.attnc.attend``; ``tune`` measures which tiles it should take.
-``run_blocks`` computes listed blocks only, ``run_varlen`` takes packed sequences, ``attend_paged``
-a cache in pages.
+``run_blocks`` computes listed blocks only, ``run_varlen`` takes packed sequences and has a gradient,
+``attend_paged`` takes a cache in pages.
 ``aot.report_rows`` compiles a kernel without a GPU.
 """
 

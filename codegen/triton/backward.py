@@ -6,10 +6,14 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from attnc.codegen.triton import holes, tiles
+from attnc.codegen.triton import holes, launches, tiles
 from attnc.codegen.triton.configs import Config, choose_keys
 from attnc.codegen.triton.heads import Part, head_parts
 from attnc.codegen.triton.inputs import Input, name_inputs
+from attnc.codegen.triton.launches import Call, strides
+from attnc.codegen.triton.launches import optional as _optional
+from attnc.codegen.triton.launches import row as _row
+from attnc.codegen.triton.layout import BACKWARD, Layout
 from attnc.codegen.triton.slopes import Chain, chain, weigh_slope
 from attnc.codegen.triton.steps import LOG2E, hidden, times, wide_biases
 from attnc.ir import AttentionSpec, Bias, Elementwise, Fill, Pointwise, SignedSoftmax
@@ -19,16 +23,24 @@ _CONSTANTS = [
     "MASKED: tl.constexpr, UPCAST: tl.constexpr,",
     "BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,",
 ]
-_AXES = {"q": "bhmd", "k": "bhnd", "v": "bhnd", "out": "bhme", "dout": "bhme"}
 _FLOAT_ROLES = ("bias", "gain", "side", "sink")
 _OTHER = {"top": 'float("inf")', "share": "1.0", "delta": "0.0"}
 
 
-def fill_holes(spec: AttentionSpec, configs: dict[str, Config]) -> dict[str, Any]:
-    """Return the value of every named hole, for a canonical spec."""
-    frame = holes.fill_holes(spec, configs, descriptors=False)
-    own = _Backward(spec, frame)
-    return {**frame, **own.heads(), **own.pairs(), **own.tiles(), **own.loops(), **own.calls(), **own.grads()}
+def fill_holes(spec: AttentionSpec, configs: dict[str, Config], layout: Layout = BACKWARD) -> dict[str, Any]:
+    """Return the value of every named hole, for a canonical spec and a layout with ``out`` and ``dout``."""
+    frame = holes.fill_holes(spec, configs, descriptors=False, layout=layout)
+    own = _Backward(spec, frame, layout)
+    return {
+        **frame,
+        **launches.row_places(layout),
+        **own.heads(),
+        **own.pairs(),
+        **own.tiles(),
+        **own.loops(),
+        **own.calls(),
+        **own.grads(),
+    }
 
 
 NEAR = -32.0
@@ -99,22 +111,6 @@ def captured_grads(spec: AttentionSpec, inputs: tuple[Input, ...]) -> list[Grad]
     return [Grad(x, at[x.operand.name]) for x in inputs if x.role in ("bias", "gain", "side")]
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """The parameters of a kernel and the arguments that the launcher passes, line by line."""
-
-    params: list[str]
-    args: list[str]
-
-
-def _row(*names: str) -> str:
-    return ", ".join(names) + ","
-
-
-def _optional(*names: str) -> list[str]:
-    return [_row(*names)] if names else []
-
-
 def _queries(spec: AttentionSpec, inputs: list[Input]) -> tiles.View:
     """Return how a tile of keys looks at queries.
 
@@ -130,8 +126,8 @@ def _queries(spec: AttentionSpec, inputs: list[Input]) -> tiles.View:
 class _Backward:
     """What the holes of one spec share."""
 
-    def __init__(self, spec: AttentionSpec, frame: dict[str, Any]) -> None:
-        self.spec, self.frame = spec, frame
+    def __init__(self, spec: AttentionSpec, frame: dict[str, Any], layout: Layout) -> None:
+        self.spec, self.frame, self.layout = spec, frame, layout
         self.inputs = name_inputs(spec)
         self.pair_inputs = [x for x in self.inputs if x.role != "sink"]
         self.weighs = not isinstance(spec.norm, Elementwise)
@@ -238,17 +234,18 @@ class _Backward:
             *self.captured_terms(),
             "sq, sk,",
         ]
-        strides = [s for x in self.pair_inputs for s in x.strides()]
+        captured = [s for x in self.pair_inputs for s in x.strides()]
         across = [
             _row(*self.names("k", k), *self.names("v", v), "b", "h", "first", "n"),
-            _row("q_ptr", *_strides("q"), "dout_ptr", *_strides("dout")),
+            _row("q_ptr", *strides(self.layout, "q"), "dout_ptr", *strides(self.layout, "dout")),
             *_optional(*(f"{x}_ptr" for x in (*(x.name for x in self.pair_inputs), *self.stats))),
-            *_optional(*strides),
-            "heads, sq, sk,",
+            *_optional(*captured),
+            "tokens, q_start, sq, sk," if self.layout.is_packed else "heads, sq, sk,",
         ]
         rows = [f"d_{g.x.name}_sum" for g in self.of_kind("rows")]
         columns = [f"d_{g.x.name}_sum" for g in self.of_kind("columns")]
         stores = [f"d_{g.x.name}_at" for g in self.of_kind("pairs")]
+        stores += ["wide"] if stores and self.layout.is_packed else []
         dq_state = [*self.names("dq", k), *rows]
         dkv_state = [*self.names("dk", k), *self.names("dv", v), *columns]
         return {
@@ -304,7 +301,7 @@ class _Backward:
             "pair_bounds": []
             if everything
             else [x for lines, _ in tiles.stretched(mask, fill) for x in lines],
-            "pair_seen": "" if everything else " | ".join(seen) or "False",
+            "pair_seen": launches.seen(self.layout, [] if everything else seen or ["False"]),
             **self._refined(),
         }
 
@@ -355,26 +352,17 @@ class _Backward:
         dq_out = ["dq", *(f"d_{x.name}" for x in (*out["rows"], *out["pairs"]))]
         dkdv_out = ["dk", "dv", *(f"d_{x.name}" for x in out["columns"])]
         return {
-            "rows_call": self._call(rows_in, ["lse", *self.stats], self.inputs if refined else (), "heads"),
-            "dq_call": self._call(own, [*self.stats, *dq_out], self.pair_inputs, "heads"),
-            "dkdv_call": self._call(own, [*self.stats, *dkdv_out], self.pair_inputs, "kv_heads"),
+            "rows_call": self._call(
+                rows_in, ["lse", *self.stats], self.inputs if refined else (), "q", "heads"
+            ),
+            "dq_call": self._call(
+                own, [*self.stats, *dq_out], self.pair_inputs, "qk" if out["pairs"] else "q", "heads"
+            ),
+            "dkdv_call": self._call(own, [*self.stats, *dkdv_out], self.pair_inputs, "k", "kv_heads"),
         }
 
-    def _call(self, strided: list[str], packed: list[str], inputs: Any, *counts: str) -> Call:
-        """Return a kernel's parameters; ``packed`` tensors are contiguous."""
-        names = [*strided, *(x.name for x in inputs), *packed]
-        strides = {t: _strides(t) for t in strided}
-        more = [_row(*x.stride_values()) for x in inputs if x.axes]
-        return Call(
-            params=[
-                _row(*(f"{n}_ptr" for n in names)),
-                *(_row(*strides[t]) for t in strided),
-                *_optional(*(s for x in inputs for s in x.strides())),
-                _row(*counts, "sq", "sk"),
-                "UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,",
-            ],
-            args=[_row(*names), _row(*(f"*{t}.stride()" for t in strided)), *more, _row(*counts, "sq", "sk")],
-        )
+    def _call(self, strided: list[str], plain: list[str], inputs: Any, along: str, *counts: str) -> Call:
+        return launches.call(self.layout, strided, plain, inputs, along, *counts)
 
     def grads(self) -> dict[str, Any]:
         """Return the gradients of captured tensors, and how the launcher collects them."""
@@ -420,7 +408,7 @@ class _Backward:
             "over": over,
             **wide,
             "places": {"b": " * batch", "h": " * heads", "": ""}[here],
-            "call": self._call(own, [*self.stats, f"d_{g.x.name}"], self.pair_inputs, "batch", "heads"),
+            "call": self._call(own, [*self.stats, f"d_{g.x.name}"], self.pair_inputs, "qk", "batch", "heads"),
         }
 
     def _result(self, operand: str) -> str:
@@ -453,10 +441,6 @@ def _number(x: float) -> str:
 def _base(x: Input) -> str:
     """Return the address of an input's first element for a batch entry and a head."""
     return " + ".join([f"{x.name}_ptr", *(f"{a} * {x.name}_{a}" for a in x.axes if a in "bh")])
-
-
-def _strides(tensor: str) -> list[str]:
-    return [f"{tensor}_{a}" for a in _AXES[tensor]]
 
 
 def _pair_strides(x: Input) -> list[str]:

@@ -192,6 +192,67 @@ def choose_keys(spec: AttentionSpec) -> dict[str, Config]:
     return choose(spec, descriptors=False)
 
 
+_PAIRS = {
+    64: {"sm_80": Config(128, 32, 8, 2), "sm_86": Config(128, 32, 8, 2)},
+    128: {"sm_80": Config(64, 32, 8, 2), "sm_86": Config(64, 32, 8, 2), "sm_100": Config(128, 32, 8, 3)},
+}
+"""Of backward programs that hold queries, where a value is loaded for every pair of query and key."""
+_HELD = {
+    64: {
+        "sm_80": Config(32, 128, 8, 2),
+        "sm_86": Config(32, 128, 8, 2),
+        "sm_90": Config(32, 128, 8, 2),
+        "sm_100": Config(64, 64, 8, 2),
+        "gfx942": Config(32, 64, 4, 2),
+    },
+    128: {
+        "sm_80": Config(64, 64, 8, 2),
+        "sm_86": Config(64, 64, 8, 2),
+        "sm_90": Config(32, 64, 8, 2),
+        "sm_100": Config(32, 128, 8, 2),
+        "gfx942": Config(32, 32, 4, 1),
+    },
+    256: {
+        "sm_80": Config(32, 32, 8, 1),
+        "sm_86": Config(32, 32, 8, 1),
+        "sm_90": Config(32, 32, 8, 1),
+        "sm_100": Config(32, 32, 8, 1),
+        "gfx942": Config(16, 32, 8, 1),
+    },
+    576: dict.fromkeys(SHARED_LIMIT, Config(16, 16, 4, 1)),
+}
+"""Of programs that hold keys: two sums of their own size to carry, and two tensors to load per tile."""
+_HELD_PAIRS = {
+    64: {"sm_80": Config(32, 32, 4, 2), "sm_86": Config(32, 32, 4, 2)},
+    128: {"sm_80": Config(32, 64, 8, 2), "sm_86": Config(32, 64, 8, 2), "sm_90": Config(64, 32, 8, 2)},
+}
+"""Likewise, where a value is loaded for every pair of query and key."""
+_HELD_FLOAT = {64: Config(16, 16, 4, 1), 128: Config(16, 16, 8, 1), 576: Config(16, 16, 8, 1)}
+_HELD_FLOAT_AMD = {64: Config(32, 32, 4, 1), 576: Config(16, 16, 4, 1)}
+
+
+def choose_packed_backward(spec: AttentionSpec) -> dict[str, Config]:
+    """Return one config per architecture for the backward of packed sequences, programs that hold queries."""
+    table = choose(spec, descriptors=False, lookup=True)
+    if spec.q.dtype == torch.float32:
+        return table
+    size = min(n for n in _HELD if n >= max(head_sizes(spec)))
+    pairs = _PAIRS.get(size, {}) if _loads_tiles(spec) else {}
+    return {**table, **({"sm_100": Config(128, 64, 8, 3)} if size == 64 else {}), **pairs}
+
+
+def choose_packed_keys(spec: AttentionSpec) -> dict[str, Config]:
+    """Return one config per architecture for the backward of packed sequences, programs that hold keys."""
+    wide = max(head_sizes(spec))
+    if spec.q.dtype == torch.float32:
+        nvidia, amd = (t[min(n for n in t if n >= wide)] for t in (_HELD_FLOAT, _HELD_FLOAT_AMD))
+        table = {arch: amd if arch.startswith("gfx") else nvidia for arch in SHARED_LIMIT}
+    else:
+        size = min(n for n in _HELD if n >= wide)
+        table = {**_HELD[size], **(_HELD_PAIRS.get(size, {}) if _loads_tiles(spec) else {})}
+    return {**table, "interpreter": INTERPRETER}
+
+
 _TANGENT = {
     64: {
         "sm_80": Config(128, 32, 8, 2),

@@ -1,7 +1,7 @@
 """Run a spec on tensors through its emitted kernels.
 
 ``run``, ``run_backward`` and ``run_tangent`` are the CUDA implementations of the operators, ``run_blocks``
-computes listed blocks only, ``run_varlen`` takes packed sequences.
+computes listed blocks only, ``run_varlen`` takes packed sequences, ``run_varlen_backward`` is its gradient.
 The first call of a spec at lengths of one size emits the file, with the tiles that tuning picked for them if
 it was asked to, keeps it (``attnc.codegen.triton.store``) and imports it; later calls find the launcher in
 memory.  A spec or a call that no kernel serves runs as plain torch, and the log says why, once.
@@ -12,18 +12,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import cast
+from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from attnc import logs
 from attnc.block_list import BlockList
 from attnc.codegen.caches import execute_paged
+from attnc.codegen.operators import is_recorded
 from attnc.codegen.ops import execute, gradients
 from attnc.codegen.tangents import Results, tangent
 from attnc.codegen.triton import picks
 from attnc.codegen.triton.emit import can_run, emit
-from attnc.codegen.triton.packed import execute_packed
+from attnc.codegen.triton.packed import execute_packed, packed_gradients
 from attnc.codegen.triton.picks import Place, place_of
 from attnc.codegen.triton.store import load
 from attnc.codegen.triton.tangents import takes_tangent
@@ -35,7 +38,7 @@ kernel_log = logs.artifact("kernel")
 Launcher = Callable[..., tuple[Tensor, Tensor]]
 Gradients = Callable[..., list[Tensor | None]]
 Tangents = Callable[..., Results]
-_ENTRIES = {"forward": "attend", "backward": "backward", "tangent": "tangent"}
+_ENTRIES = {"forward": "attend", "backward": "backward", "tangent": "tangent", "varlen_backward": "backward"}
 """The kernel's name, and that of the function which launches it, by kind."""
 
 FEW, LONG = 16, 512
@@ -97,6 +100,7 @@ def run_varlen(
     cu_k: Tensor,
     max_q: int,
     captured: Sequence[Tensor] = (),
+    max_k: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (out, lse) of a spec over B packed sequences, each as if it were alone in a batch of one.
 
@@ -105,6 +109,8 @@ def run_varlen(
     perhaps none.  ``max_q`` is the length in queries of the longest, which is not looked up since that would
     wait for a GPU.  Positions and lengths in masks and steps are those of the sequence.  ``captured`` are the
     spec's tensors ``[B, ...]``, padded along tokens to the longest sequence; the padding counts for nothing.
+    ``max_k`` is the length in keys of the longest; only gradients read it, and without it their kernels start
+    programs for every sequence as if it had all the keys.
 
     Returns out ``[Tq, H, Dv]`` in q's dtype and the log-sum-exp ``[H, Tq]``; a sequence without keys gives
     zeros and -inf.  On the CPU, Triton's interpreter apart, this is plain torch, sequence by sequence.
@@ -117,7 +123,93 @@ def run_varlen(
     kernel = launcher(spec, kind="varlen") if _runs_kernels(q) else None
     if kernel is None or not _fits(spec, q, k, v):
         return execute_packed(spec, q, k, v, cu_q, cu_k, captured)
+    if is_recorded(q, k, v, *captured):
+        found: tuple[Tensor, Tensor] = _Varlen.apply(spec, cu_q, cu_k, max_q, max_k, q, k, v, *captured)
+        return found
     return kernel(q, k, v, *captured, cu_q, cu_k, max_q, _padded_keys(spec, captured) or k.shape[0])
+
+
+class _Varlen(torch.autograd.Function):
+    """``run_varlen`` in a graph."""
+
+    apply: ClassVar[Callable[..., Any]]
+
+    @staticmethod
+    def forward(
+        spec: AttentionSpec,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        max_q: int,
+        max_k: int | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *captured: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        return run_varlen(spec, q, k, v, cu_q, cu_k, max_q, captured, max_k)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.spec, cu_q, cu_k, ctx.max_q, ctx.max_k, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(cu_q, cu_k, *output, *tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[5:]
+        if dout is None and dlse is None:
+            return (None,) * (5 + len(needs))
+        cu_q, cu_k, out, lse, q, k, v, *captured = ctx.saved_tensors
+        lengths = (cu_q, cu_k, ctx.max_q)
+        grads = run_varlen_backward(
+            ctx.spec, q, k, v, *lengths, captured, out, lse, dout, dlse, needs, ctx.max_k
+        )
+        rest = iter(grads)
+        return *(None,) * 5, *(next(rest) if need else None for need in needs)
+
+
+def run_varlen_backward(
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    captured: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    needs: Sequence[bool],
+    max_k: int | None = None,
+) -> list[Tensor]:
+    """Return the gradients of those of (q, k, v, *captured) that ``needs`` marks, in that order.
+
+    ``out`` and ``lse`` are what ``run_varlen`` returned, whose arguments the others are; a gradient ``dout``
+    or ``dlse`` of None stands for zeros.  What sequences share has the sum of their gradients, the padding of
+    captured tensors has zeros.  Kernels wait for nothing; plain torch, where none serves, reads ``cu_q``.
+
+    Raises:
+        ValueError: shapes do not fit the spec.
+        CodegenError: the emitted file does not import.
+    """
+    spec = _sized(spec, q, v)
+    kernels = varlen_backward_launcher(spec) if _runs_kernels(q) else None
+    if kernels is None or not _fits(spec, q, k, v) or k.shape[0] == 0:
+        return packed_gradients(spec, q, k, v, cu_q, cu_k, captured, dout, dlse, needs)
+    if dout is None:
+        dout = out.new_zeros(()).expand_as(out)
+    longest = _padded_keys(spec, captured) or (k.shape[0] if max_k is None else max_k)
+    found = kernels(q, k, v, *captured, cu_q, cu_k, max_q, longest, out, lse, dout, dlse, needs)
+    return [g for g in found if g is not None]
+
+
+@cache
+def varlen_backward_launcher(spec: AttentionSpec) -> Gradients | None:
+    """Return ``backward`` of the spec's kernels for packed sequences, emitted at the first call, or None."""
+    return cast(Gradients | None, _load(spec, "varlen_backward", None))
 
 
 def attend_paged(

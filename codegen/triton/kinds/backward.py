@@ -14,33 +14,37 @@ from attnc.codegen.triton.configs import choose_backward
 from attnc.codegen.triton.holes import argument_types
 from attnc.codegen.triton.inputs import name_inputs
 from attnc.codegen.triton.kinds.kind import Kind, Program, Types
+from attnc.codegen.triton.layout import BACKWARD, Layout
 from attnc.ir import AttentionSpec, Elementwise, RoundedSoftmax, SignedSoftmax, Softmax
 
 
-def _more(spec: AttentionSpec) -> tuple[Program, ...]:
+def more_programs(spec: AttentionSpec) -> tuple[Program, ...]:
+    """Return the programs that only some specs have."""
     return tuple(Program(name) for name in extra_kernels(spec))
 
 
-def _types(spec: AttentionSpec) -> Types:
-    types, ones = argument_types(spec)
+def types_of(spec: AttentionSpec, layout: Layout = BACKWARD) -> Types:
+    """Return the types of arguments, and the strides that are 1, for a layout with ``out`` and ``dout``."""
+    types, ones = argument_types(spec, layout)
     main = types["q_ptr"]
     types |= dict.fromkeys(("dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr"), main)
     types |= dict.fromkeys(("top_ptr", "share_ptr", "delta_ptr"), "*fp32")
-    types |= {f"{t}_{a}": "i32" for t in ("out", "dout") for a in "bhm"}
-    types |= dict.fromkeys(("batch", "kv_heads"), "i32")
     for x in name_inputs(spec):  # gradients of pairs are written as they are, others are summed in fp32
         types[f"d_{x.name}_ptr"] = types[f"{x.name}_ptr"] if {*"qk"} <= {*x.axes} else "*fp32"
-    return types, ones | {"out_e": 1, "dout_e": 1}
+    return types, ones
 
+
+PROGRAMS = (Program("dq_kernel"), Program("dkdv_kernel", configs="KEYS_CONFIGS"))
+NORMS = (Softmax, SignedSoftmax, RoundedSoftmax, Elementwise)
 
 KIND = Kind(
     "backward",
     "bwd.py.j2",
     choose_backward,
     fill_holes,
-    programs=(Program("dq_kernel"), Program("dkdv_kernel", configs="KEYS_CONFIGS")),
-    norms=(Softmax, SignedSoftmax, RoundedSoftmax, Elementwise),
+    programs=PROGRAMS,
+    norms=NORMS,
     places="qkhb",
-    more=_more,
-    types=_types,
+    more=more_programs,
+    types=types_of,
 )

@@ -36,22 +36,30 @@ choose = partial(choose_for, lookup=True)
 """The default tiles."""
 
 
-def _fill(spec: AttentionSpec, configs: Configs) -> dict[str, Any]:
-    pointers, inputs = choose(spec, descriptors=False), name_inputs(spec)
+def packed_holes(spec: AttentionSpec) -> dict[str, Any]:
+    """Return what a call over packed sequences gives, and how a self-test draws them."""
+    inputs = name_inputs(spec)
     square = any(x.tensor != x.name for x in inputs)  # a tensor over tokens, read for queries and for keys
     lengths = [(q, q) if square else (q, k) for q, k in LENGTHS]
     layouts = {x.operand.name: x.layout for x in inputs}
     return {
-        **fill_holes(spec, configs, descriptors=True, layout=PACKED),
-        "pointer_configs": [(arch, str(pointers[arch])) for arch in TMA],
-        "grows": False,  # a program takes one tile
-        "tile": f"{'tiles - 1 - ' if grows(spec.mask) else ''}tl.program_id(0) % tiles",
-        "height": "tl.maximum(sk, 1)",  # a descriptor of nothing would not be one
         "padded": any(set(x.axes) & set("qk") for x in inputs),
         "given": ", cu_q, cu_k, max_q, max_k",
         "lengths": lengths,
         "cases": [(len(q), h, max(q), max(k)) for (q, k), h in zip(lengths, HEADS, strict=True)],
         "captured_axes": tuple(layouts.get(o.name, "") for o in spec.captured),
+    }
+
+
+def _fill(spec: AttentionSpec, configs: Configs) -> dict[str, Any]:
+    pointers = choose(spec, descriptors=False)
+    return {
+        **fill_holes(spec, configs, descriptors=True, layout=PACKED),
+        **packed_holes(spec),
+        "pointer_configs": [(arch, str(pointers[arch])) for arch in TMA],
+        "grows": False,  # a program takes one tile
+        "tile": f"{'tiles - 1 - ' if grows(spec.mask) else ''}tl.program_id(0) % tiles",
+        "height": "tl.maximum(sk, 1)",  # a descriptor of nothing would not be one
     }
 
 
