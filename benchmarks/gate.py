@@ -100,6 +100,7 @@ EVERY_KIND = (
     "documents_bf16_128",
     "bias_bf16_128",
     "causal_bf16_192x128",
+    "causal_bf16_256",
     "causal_fp32_64",
 )
 """The specs that are compiled as every kind of kernel, the others as ``forward`` alone, to save time."""

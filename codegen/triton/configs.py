@@ -47,8 +47,8 @@ INTERPRETER = Config(32, 32, 1, 1)
 
 _HALF = {
     32: {
-        "sm_80": Config(128, 64, 8, 3),
-        "sm_86": Config(128, 64, 8, 3),
+        "sm_80": Config(128, 64, 4, 3),
+        "sm_86": Config(128, 64, 4, 3),
         "sm_90": Config(128, 64, 8, 3),
         "sm_100": Config(128, 64, 8, 3),
         "gfx942": Config(128, 32, 4, 2),
@@ -85,7 +85,7 @@ _HALF = {
 _LIGHT = {
     128: {"sm_80": Config(128, 64, 8, 2), "sm_90": Config(128, 128, 8, 2), "sm_100": Config(128, 128, 8, 2)}
 }
-"""Without a mask, or causal, with nothing else to load and no padded head size there are registers left."""
+"""Without a mask, with nothing else to load and no padded head size there are registers left."""
 _TMA = {
     64: Config(128, 128, 8, 3),
     96: Config(128, 64, 8, 3),
@@ -96,7 +96,7 @@ _TMA = {
 """Tensor descriptors need no addresses in registers, on sm_90 and sm_100."""
 _TMA_LIGHT = {96: Config(128, 128, 8, 2), 128: Config(128, 128, 8, 2)}
 _FLOAT = {
-    32: Config(64, 32, 4, 2),
+    32: Config(64, 32, 8, 2),
     64: Config(32, 32, 8, 2),
     128: Config(32, 16, 8, 1),
     256: Config(16, 16, 8, 1),
@@ -142,7 +142,7 @@ def _pick(spec: AttentionSpec, arch: str, wide: int, descriptors: bool, lookup: 
         config = (_TMA_LIGHT.get(size) if light else None) or _TMA[size]
         ids = any(x.per_tile and x.is_integer for x in name_inputs(spec))  # two registers each
         return replace(config, block_n=min(config.block_n, 64)) if ids else config
-    light = _is_light(spec) and not grows(spec.mask) and not lookup
+    light = _is_light(spec) and isinstance(spec.mask, Full) and not lookup
     config = (_LIGHT.get(size, {}).get(arch) if light else None) or _HALF[size][arch]
     if arch == "sm_100" and elementwise:  # 64 keys spill where nothing else is kept
         return replace(config, block_n=32)
@@ -182,21 +182,19 @@ def shared_bytes(spec: AttentionSpec, arch: str, config: Config) -> int:
     return config.stages * flight + item * config.block_m * d
 
 
-def choose_backward(spec: AttentionSpec) -> dict[str, Config]:
-    """Return one config per architecture for the backward programs that hold queries."""
-    return choose(spec, descriptors=False)
-
-
-def choose_keys(spec: AttentionSpec) -> dict[str, Config]:
-    """Return one config per architecture for the backward programs that hold keys."""
-    return choose(spec, descriptors=False)
-
-
 _PAIRS = {
     64: {"sm_80": Config(128, 32, 8, 2), "sm_86": Config(128, 32, 8, 2)},
-    128: {"sm_80": Config(64, 32, 8, 2), "sm_86": Config(64, 32, 8, 2), "sm_100": Config(128, 32, 8, 3)},
+    128: {
+        "sm_80": Config(64, 32, 8, 2),
+        "sm_86": Config(64, 32, 8, 2),
+        "sm_90": Config(128, 32, 8, 2),
+        "sm_100": Config(128, 32, 8, 2),
+    },
 }
-"""Of backward programs that hold queries, where a value is loaded for every pair of query and key."""
+"""Of backward programs that hold queries, where a value is loaded for every pair of query and key.
+
+A program per tile of a captured tensor's gradient has them too, which loads four tensors in a turn.
+"""
 _HELD = {
     64: {
         "sm_80": Config(32, 128, 8, 2),
@@ -227,12 +225,21 @@ _HELD_PAIRS = {
     128: {"sm_80": Config(32, 64, 8, 2), "sm_86": Config(32, 64, 8, 2), "sm_90": Config(64, 32, 8, 2)},
 }
 """Likewise, where a value is loaded for every pair of query and key."""
+_HELD_LIGHT = {
+    64: {"sm_100": Config(64, 128, 8, 2), "gfx942": Config(32, 128, 4, 2)},
+    128: {
+        "sm_90": Config(32, 128, 8, 2),
+        "sm_100": Config(64, 128, 8, 2),
+        "gfx942": Config(32, 64, 4, 2),
+    },
+}
+"""Likewise, without a mask or causal, with nothing else to load and no padded head size."""
 _HELD_FLOAT = {64: Config(16, 16, 4, 1), 128: Config(16, 16, 8, 1), 576: Config(16, 16, 8, 1)}
 _HELD_FLOAT_AMD = {64: Config(32, 32, 4, 1), 576: Config(16, 16, 4, 1)}
 
 
-def choose_packed_backward(spec: AttentionSpec) -> dict[str, Config]:
-    """Return one config per architecture for the backward of packed sequences, programs that hold queries."""
+def choose_backward(spec: AttentionSpec) -> dict[str, Config]:
+    """Return one config per architecture for the backward programs that hold queries."""
     table = choose(spec, descriptors=False, lookup=True)
     if spec.q.dtype == torch.float32:
         return table
@@ -241,15 +248,20 @@ def choose_packed_backward(spec: AttentionSpec) -> dict[str, Config]:
     return {**table, **({"sm_100": Config(128, 64, 8, 3)} if size == 64 else {}), **pairs}
 
 
-def choose_packed_keys(spec: AttentionSpec) -> dict[str, Config]:
-    """Return one config per architecture for the backward of packed sequences, programs that hold keys."""
+def choose_keys(spec: AttentionSpec, *, lookup: bool = False) -> dict[str, Config]:
+    """Return one config per architecture for the backward programs that hold keys.
+
+    ``lookup`` says that they look up where their queries are, which takes registers.
+    """
     wide = max(head_sizes(spec))
     if spec.q.dtype == torch.float32:
         nvidia, amd = (t[min(n for n in t if n >= wide)] for t in (_HELD_FLOAT, _HELD_FLOAT_AMD))
         table = {arch: amd if arch.startswith("gfx") else nvidia for arch in SHARED_LIMIT}
     else:
         size = min(n for n in _HELD if n >= wide)
-        table = {**_HELD[size], **(_HELD_PAIRS.get(size, {}) if _loads_tiles(spec) else {})}
+        light = _is_light(spec) and (isinstance(spec.mask, Full) or grows(spec.mask)) and not lookup
+        more = _HELD_LIGHT if light else _HELD_PAIRS if _loads_tiles(spec) else {}
+        table = {**_HELD[size], **more.get(size, {})}
     return {**table, "interpreter": INTERPRETER}
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from attnc.codegen.triton.backward import fill_holes
-from attnc.codegen.triton.configs import choose_packed_backward, choose_packed_keys
+from attnc.codegen.triton.configs import choose_backward, choose_keys
 from attnc.codegen.triton.kinds.backward import NORMS, PROGRAMS, more_programs, types_of
 from attnc.codegen.triton.kinds.kind import Configs, Kind
 from attnc.codegen.triton.kinds.varlen import packed_holes
@@ -24,7 +24,7 @@ def _fill(spec: AttentionSpec, configs: Configs) -> dict[str, Any]:
     return {
         **fill_holes(spec, configs, PACKED_BACKWARD),
         **packed_holes(spec),
-        "keys_configs": [(arch, str(x)) for arch, x in choose_packed_keys(spec).items()],
+        "keys_configs": [(arch, str(x)) for arch, x in choose_keys(spec, lookup=True).items()],
         "captured": "".join(f"{o.name}, " for o in spec.captured).rstrip(),
         "dense": "_dense",
     }
@@ -33,7 +33,7 @@ def _fill(spec: AttentionSpec, configs: Configs) -> dict[str, Any]:
 KIND = Kind(
     "varlen_backward",
     "varlen_bwd.py.j2",
-    choose_packed_backward,
+    choose_backward,
     _fill,
     programs=PROGRAMS,
     norms=NORMS,

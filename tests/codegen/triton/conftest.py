@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from attnc.codegen.triton import launch
 from attnc.ir import AttentionSpec
 from attnc.printer import parse
 
@@ -33,6 +34,12 @@ def kernel_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Keep emitted kernels out of the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "attnc" / "kernels"
+
+
+@pytest.fixture(autouse=True)
+def _warned_anew() -> None:
+    """Let what is logged once per process be logged once per test."""
+    launch._warn.cache_clear()
 
 
 @pytest.fixture(scope="session")

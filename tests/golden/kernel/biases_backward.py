@@ -5,7 +5,7 @@ kind    backward
 formula p = exp(s - lse), s = steps(q @ k^T); dv = p^T @ dout, ds = p * (dout @ v^T - delta) with
         delta = rowsum(dout * out) - dlse, and back through the steps: dq = ds @ k, dk = ds^T @ q; p is computed again
 source  FlashAttention-2 (arXiv:2307.08691), algorithm 2, with one kernel for dq and one for dk and dv
-key     7e1c6b189b412fd6
+key     44566990520be3d0
 
 Layouts: q [B, H, Sq, 32], k [B, Hkv, Sk, 32], v [B, Hkv, Sk, 32]; out and dout [B, H, Sq, 32]; lse and dlse
 [B, H, Sq] in fp32. Any strides; a gradient has the shape and the dtype of its tensor.
@@ -31,20 +31,20 @@ DTYPE = torch.float32
 GROUP = 1  # query heads per key/value head
 # (BLOCK_M queries, BLOCK_N keys, warps, stages) of one program
 CONFIGS = {
-    "sm_80": (32, 32, 4, 2),
-    "sm_86": (32, 32, 4, 2),
-    "sm_90": (32, 32, 4, 2),
-    "sm_100": (32, 32, 4, 2),
+    "sm_80": (32, 32, 8, 2),
+    "sm_86": (32, 32, 8, 2),
+    "sm_90": (32, 32, 8, 2),
+    "sm_100": (32, 32, 8, 2),
     "gfx942": (32, 32, 4, 2),
     "interpreter": (32, 32, 1, 1),
 }
 # Likewise, of the programs that hold keys
 KEYS_CONFIGS = {
-    "sm_80": (32, 32, 4, 2),
-    "sm_86": (32, 32, 4, 2),
-    "sm_90": (32, 32, 4, 2),
-    "sm_100": (32, 32, 4, 2),
-    "gfx942": (32, 32, 4, 2),
+    "sm_80": (16, 16, 4, 1),
+    "sm_86": (16, 16, 4, 1),
+    "sm_90": (16, 16, 4, 1),
+    "sm_100": (16, 16, 4, 1),
+    "gfx942": (32, 32, 4, 1),
     "interpreter": (32, 32, 1, 1),
 }
 

@@ -29,8 +29,8 @@ DTYPE = torch.float16
 GROUP = 4  # query heads per key/value head
 # (BLOCK_M queries, BLOCK_N keys, warps, stages) of one program
 CONFIGS = {
-    "sm_80": (128, 64, 8, 3),
-    "sm_86": (128, 64, 8, 3),
+    "sm_80": (128, 64, 4, 3),
+    "sm_86": (128, 64, 4, 3),
     "sm_90": (128, 128, 8, 3),
     "sm_100": (128, 128, 8, 3),
     "gfx942": (128, 32, 4, 2),
