@@ -8,6 +8,7 @@ from typing import Any
 
 from attnc.codegen.triton import holes, tiles
 from attnc.codegen.triton.configs import Config, choose_keys
+from attnc.codegen.triton.draws import pull_lines
 from attnc.codegen.triton.heads import Part, head_parts
 from attnc.codegen.triton.inputs import Input, name_inputs
 from attnc.codegen.triton.slopes import Chain, chain, weigh_slope
@@ -181,7 +182,7 @@ class _Backward:
     def captured_terms(self) -> list[str]:
         """Return what a tile is told of captured tensors: addresses, and strides along queries and keys."""
         terms = [t for x in self.pair_inputs for t in (f"{x.name}_at", *_pair_strides(x))]
-        return _optional(*terms, *self.frame["places"])
+        return _optional(*terms, *self.frame["places"], *self.frame["seeds"])
 
     def pairs(self) -> dict[str, Any]:
         """Return the function from contractions to weights and gradients, pair by pair."""
@@ -197,7 +198,7 @@ class _Backward:
             "chain_lines": self.chain.lines,
             "pulls": self.chain.pulls,
             "steep": steep or self.chain.is_steep,
-            "weights": weights,
+            "weights": pull_lines(self.spec, weights),
             "stops": self.spec.fill.how == "replace",
             "pull_params": [*given, "MASKED: tl.constexpr,"],
             "pull_down": self._pull_args("[:, None]", "[None, :]"),
@@ -243,7 +244,7 @@ class _Backward:
             _row(*self.names("k", k), *self.names("v", v), "b", "h", "first", "n"),
             _row("q_ptr", *_strides("q"), "dout_ptr", *_strides("dout")),
             *_optional(*(f"{x}_ptr" for x in (*(x.name for x in self.pair_inputs), *self.stats))),
-            *_optional(*strides),
+            *_optional(*strides, *self.frame["seeds"]),
             "heads, sq, sk,",
         ]
         rows = [f"d_{g.x.name}_sum" for g in self.of_kind("rows")]
@@ -352,12 +353,18 @@ class _Backward:
         out = {name: [g.x for g in self.of_kind(name)] for name in ("rows", "columns", "pairs")}
         refined = self.low.refine is not None
         rows_in = [*(["q", "k", "v"] if refined else []), "dout", "out"]
+        seeds = self.frame["seeds"]
         dq_out = ["dq", *(f"d_{x.name}" for x in (*out["rows"], *out["pairs"]))]
         dkdv_out = ["dk", "dv", *(f"d_{x.name}" for x in out["columns"])]
         return {
-            "rows_call": self._call(rows_in, ["lse", *self.stats], self.inputs if refined else (), "heads"),
-            "dq_call": self._call(own, [*self.stats, *dq_out], self.pair_inputs, "heads"),
-            "dkdv_call": self._call(own, [*self.stats, *dkdv_out], self.pair_inputs, "kv_heads"),
+            "rows_call": self._call(
+                rows_in,
+                ["lse", *self.stats, *(seeds if refined else [])],
+                self.inputs if refined else (),
+                "heads",
+            ),
+            "dq_call": self._call(own, [*self.stats, *seeds, *dq_out], self.pair_inputs, "heads"),
+            "dkdv_call": self._call(own, [*self.stats, *seeds, *dkdv_out], self.pair_inputs, "kv_heads"),
         }
 
     def _call(self, strided: list[str], packed: list[str], inputs: Any, *counts: str) -> Call:
@@ -420,7 +427,9 @@ class _Backward:
             "over": over,
             **wide,
             "places": {"b": " * batch", "h": " * heads", "": ""}[here],
-            "call": self._call(own, [*self.stats, f"d_{g.x.name}"], self.pair_inputs, "batch", "heads"),
+            "call": self._call(
+                own, [*self.stats, *self.frame["seeds"], f"d_{g.x.name}"], self.pair_inputs, "batch", "heads"
+            ),
         }
 
     def _result(self, operand: str) -> str:

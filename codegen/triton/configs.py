@@ -85,7 +85,7 @@ _HALF = {
 _LIGHT = {
     128: {"sm_80": Config(128, 64, 8, 2), "sm_90": Config(128, 128, 8, 2), "sm_100": Config(128, 128, 8, 2)}
 }
-"""Without a mask, or causal, with nothing else to load and no padded head size there are registers left."""
+"""Without a mask, or causal, with nothing to load or draw and no padded head size there are registers left."""
 _TMA = {
     64: Config(128, 128, 8, 3),
     96: Config(128, 64, 8, 3),
@@ -141,7 +141,7 @@ def _pick(spec: AttentionSpec, arch: str, wide: int, descriptors: bool, lookup: 
         light = _is_light(spec) and not (arch == "sm_100" and turns)
         config = (_TMA_LIGHT.get(size) if light else None) or _TMA[size]
         ids = any(x.per_tile and x.is_integer for x in name_inputs(spec))  # two registers each
-        return replace(config, block_n=min(config.block_n, 64)) if ids else config
+        return replace(config, block_n=min(config.block_n, 64)) if ids or spec.dropout else config
     light = _is_light(spec) and not grows(spec.mask) and not lookup
     config = (_LIGHT.get(size, {}).get(arch) if light else None) or _HALF[size][arch]
     if arch == "sm_100" and elementwise:  # 64 keys spill where nothing else is kept
@@ -151,7 +151,8 @@ def _pick(spec: AttentionSpec, arch: str, wide: int, descriptors: bool, lookup: 
 
 def _is_light(spec: AttentionSpec) -> bool:
     unpadded = head_sizes(spec) == (spec.q.shape[3], spec.v.shape[3])
-    return isinstance(spec.mask, Full | Band) and unpadded and not any(x.per_tile for x in name_inputs(spec))
+    loads = any(x.per_tile for x in name_inputs(spec))
+    return isinstance(spec.mask, Full | Band) and unpadded and not loads and not spec.dropout
 
 
 def _loads_tiles(spec: AttentionSpec) -> bool:
@@ -184,12 +185,28 @@ def shared_bytes(spec: AttentionSpec, arch: str, config: Config) -> int:
 
 def choose_backward(spec: AttentionSpec) -> dict[str, Config]:
     """Return one config per architecture for the backward programs that hold queries."""
-    return choose(spec, descriptors=False)
+    return {arch: _fewer(spec, arch, x) for arch, x in choose(spec, descriptors=False).items()}
 
 
 def choose_keys(spec: AttentionSpec) -> dict[str, Config]:
     """Return one config per architecture for the backward programs that hold keys."""
-    return choose(spec, descriptors=False)
+    table = choose(spec, descriptors=False)
+    return {arch: _fewer(spec, arch, x, keys=True) for arch, x in table.items()}
+
+
+def _fewer(spec: AttentionSpec, arch: str, config: Config, *, keys: bool = False) -> Config:
+    """Return tiles that leave registers for the words that dropout draws, in the backward.
+
+    In half precision, which has the largest tiles.
+    """
+    if not spec.dropout or spec.q.dtype == torch.float32 or arch == "interpreter":
+        return config
+    narrow = max(head_sizes(spec)) <= 64
+    if arch.startswith("gfx"):
+        most = Config(64 if narrow else 32, 16, 4, 1) if keys else config
+    else:
+        most = Config(128, 32, 8, 3) if narrow and not keys else Config(64, 32, 8, 2)
+    return Config(*map(min, astuple(config), astuple(most)))
 
 
 _TANGENT = {

@@ -41,6 +41,7 @@ KIND = Kind(
     programs=(Program("dq_kernel"), Program("dkdv_kernel", configs="KEYS_CONFIGS")),
     norms=(Softmax, SignedSoftmax, RoundedSoftmax, Elementwise),
     places="qkhb",
+    dropout=True,
     more=_more,
     types=_types,
 )
