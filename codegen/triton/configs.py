@@ -85,7 +85,7 @@ _HALF = {
 _LIGHT = {
     128: {"sm_80": Config(128, 64, 8, 2), "sm_90": Config(128, 128, 8, 2), "sm_100": Config(128, 128, 8, 2)}
 }
-"""Without a mask, or causal, with nothing to load or draw and no padded head size there are registers left."""
+"""Without a mask, or causal, with nothing to load or draw, no padded head size: there are registers left."""
 _TMA = {
     64: Config(128, 128, 8, 3),
     96: Config(128, 64, 8, 3),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from attnc.codegen.dropout import keep
+from attnc.codegen.lower import lower
 from attnc.codegen.ops import execute
 from attnc.errors import UnsupportedError
 from attnc.ir import (
@@ -375,6 +376,23 @@ def test_a_compiled_program_draws_what_eager_does() -> None:
     for seed in (SEED, SEED + 1):
         found, want = (torch.autograd.grad(f(q, k, v, seed), (q, k, v)) for f in (compiled, loss))
         torch.testing.assert_close(found, want, rtol=1e-13, atol=1e-13)
+
+
+def test_an_exported_site_with_dropout_stays_an_operator_when_it_is_lowered() -> None:
+    text = str(make_spec(torch.float32, dropout=0.3, mask=CAUSAL))
+
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v, seed):
+            return torch.ops.attnc.attend(q, k, v, [], text, seed)[0]
+
+    tensors = tuple(x.float() for x in draw(make_spec(), sq=6)[:3])
+    program = torch.export.export(Model(), (*tensors, SEED), strict=False)
+    want = program.module()(*tensors, SEED + 1)
+    for portable in (False, True):
+        assert lower(program.graph, portable)[0] == {"attend": 1}
+    program.graph_module.recompile()
+    assert torch.equal(program.module()(*tensors, SEED + 1), want)
+    assert not torch.equal(want, program.module()(*tensors, SEED))
 
 
 def test_dropout_without_a_seed_is_refused() -> None:
