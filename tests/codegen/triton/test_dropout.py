@@ -6,13 +6,15 @@ import dataclasses
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnc.codegen.dropout import keep
 from attnc.codegen.ops import execute, gradients
 from attnc.codegen.triton import can_run, emit, run
+from attnc.codegen.triton import op as ops
 from attnc.codegen.triton.aot import report_rows
 from attnc.codegen.triton.canonical import canonical
-from attnc.codegen.triton.contest import Lengths, draw
+from attnc.codegen.triton.contest import Lengths, disagreement, draw, limits
 from attnc.codegen.triton.kinds import KINDS, TARGETS
 from attnc.codegen.triton.launch import backward_launcher, launcher, run_backward
 from attnc.codegen.triton.op import replace_attends, triton_op_for
@@ -173,6 +175,29 @@ def test_attend_nodes_with_a_seed_become_operators_of_their_kernels(corpus) -> N
     assert replace_attends(program.graph, "sm_90") == {"triton": 1, "attend": 0}
     program.graph_module.recompile()
     assert torch.equal(program.module()(*tensors), want)
+
+
+def test_no_launch_with_a_seed_looks_at_data(corpus) -> None:
+    spec = canonical(dropping(corpus["causal"]))
+    module, operator = ops._traceable(emit(spec, name="attend"), "sm_90"), triton_op_for(spec)
+    with FakeTensorMode():  # raises where a value is asked for
+        tensors = [
+            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda") for x in drawn(spec)
+        ]
+        out, lse = module.attend(*tensors)
+        assert [x.shape for x in operator(*tensors)] == [out.shape, lse.shape]
+
+
+def test_tensors_to_tune_on_have_a_seed_which_the_reference_takes_too(corpus) -> None:
+    spec = canonical(dropping(corpus["biases"]))
+    tensors = drawn(spec, 40, 40)
+    assert (tensors[-1].dtype, tensors[-1].shape) == (torch.int64, (1,))
+    module = load(emit(spec, name="tuned"))
+    out, lse = execute(spec, *tensors[:3], tensors[3:-1], seed=tensors[-1])
+    allowed = limits(module, spec, tensors, (out, lse))
+    assert disagreement(module.reference(*tensors), (out, lse), allowed) is None
+    other = module.reference(*tensors[:-1], tensors[-1] + 1)
+    assert "output 0 is off" in disagreement(other, (out, lse), allowed)
 
 
 @pytest.mark.gpu
