@@ -132,7 +132,11 @@ def _pick(spec: AttentionSpec, arch: str, wide: int, descriptors: bool, lookup: 
     size = min(n for n in _HALF if n >= wide)
     if spec.q.dtype == torch.float32:
         config = (_FLOAT_AMD if arch.startswith("gfx") else _FLOAT)[size]
-        return replace(config, block_m=config.block_m // 2) if _loads_tiles(spec) and size == 32 else config
+        return (
+            replace(config, block_m=config.block_m // 2)
+            if (_loads_tiles(spec) or spec.dropout) and size == 32
+            else config
+        )
     elementwise = isinstance(spec.norm, Elementwise)
     if descriptors and arch in TMA and wide <= max(_TMA) and not elementwise:
         size = min(n for n in _TMA if n >= wide)
@@ -197,7 +201,7 @@ def choose_keys(spec: AttentionSpec) -> dict[str, Config]:
 def _fewer(spec: AttentionSpec, arch: str, config: Config, *, keys: bool = False) -> Config:
     """Return tiles that leave registers for the words that dropout draws, in the backward.
 
-    In half precision, which has the largest tiles.
+    In half precision, which has the largest tiles; looked at for head sizes 64 and 128.
     """
     if not spec.dropout or spec.q.dtype == torch.float32 or arch == "interpreter":
         return config

@@ -43,9 +43,8 @@ def draw_holes(spec: AttentionSpec) -> dict[str, Any]:
     return {
         "dropout": spec.dropout,
         "weighed": "p_kept",
-        "drops": [f"p_kept = tl.where(_keeps({pairs}), {p}, 0.0)"],
+        "drops": [f"p_kept = {p} * tl.where(_keeps({pairs}), {growth(spec.dropout)!r}, 0.0)"],
         "times_growth": times("", growth(spec.dropout)),
-        "growth": repr(growth(spec.dropout)),
         "seeds": seeds(spec),
         "least_word": f"0x{threshold(spec.dropout):08X}",
         "philox": {
@@ -61,16 +60,16 @@ def draw_holes(spec: AttentionSpec) -> dict[str, Any]:
 def pull_lines(spec: AttentionSpec, lines: list[str]) -> list[str]:
     """Return the backward's lines from scores to weights and gradients, with dropout.
 
-    The gradient of a weight is that of the kept one, grown; the weights that go to dv are the kept ones,
-    which the kernel grows once, at the end.
+    The gradient of a weight is that of what is left of it, and this is what gives dv.  Products, since zero
+    times NaN is NaN, as in torch.
     """
     if not spec.dropout:
         return lines
     return [
-        "kept = _keeps(seed, batch, head, qi, ki)",
-        f"dp = tl.where(kept, dp{times('', growth(spec.dropout))}, 0.0)",
+        f"kept = tl.where(_keeps(seed, batch, head, qi, ki), {growth(spec.dropout)!r}, 0.0)",
+        "dp *= kept",
         *lines,
-        "p = tl.where(kept, p, 0.0)",
+        "p *= kept",
     ]
 
 

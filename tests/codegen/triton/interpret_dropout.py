@@ -33,24 +33,24 @@ KEPT = (
     "attn q=bhqd[b,h,s,32]:float32 k=bhkd[b,hkv,t,32]:float32 v=bhke[b,hkv,t,32]:float32 group=2 mask=none"
     " softmax dropout({})"
 )
-GROWN = f" * {growth(RATE)!r}"
+GROWN = repr(growth(RATE))
 WORDS = "tl.where(odd, w3, w2), tl.where(odd, w1, w0)"
 BREAKS = (
     ("forward", WORDS, "tl.where(odd, w3, w1), tl.where(odd, w2, w0)"),
     ("forward", "_keeps(seed, batch, head, rows[:, None]", "_keeps(seed, batch, head, i[:, None]"),
-    ("forward", "cols[None, :]), p, 0.0)", "j[None, :]), p, 0.0)"),
+    ("forward", "cols[None, :]), ", "j[None, :]), "),
     ("forward", "~8, head, batch)", "~8, batch, head)"),
     ("forward", "tl.philox(seed, ", "tl.philox(seed & 0xFFFFFFFF, "),
-    ("forward", f"(acc / total{GROWN})", "(acc / total)"),
+    ("forward", f", {GROWN}, 0.0)", ", 1.0, 0.0)"),
     ("forward", "tl.sum(p, 1)", "tl.sum(p_kept, 1)"),
     ("forward", "0x4CCCCCCD\n\n\n@triton", "0x4FFFFFFF\n\n\n@triton"),
     ("backward", WORDS, "tl.where(odd, w1, w2), tl.where(odd, w3, w0)"),
-    ("backward", "_keeps(seed, batch, head, qi, ki)\n", "_keeps(seed, batch, head, ki, qi)\n"),
-    ("backward", "_keeps(seed, batch, head, qi, ki)\n", "_keeps(seed, batch, head, i, j)\n"),
-    ("backward", f"dp = tl.where(kept, dp{GROWN}, 0.0)", f"dp = dp{GROWN}"),
-    ("backward", f"dp = tl.where(kept, dp{GROWN}, 0.0)", "dp = tl.where(kept, dp, 0.0)"),
-    ("backward", "    p = tl.where(kept, p, 0.0)\n", ""),
-    ("backward", f"(dv{GROWN})", "dv"),
+    ("backward", "_keeps(seed, batch, head, qi, ki),", "_keeps(seed, batch, head, ki, qi),"),
+    ("backward", "_keeps(seed, batch, head, qi, ki),", "_keeps(seed, batch, head, i, j),"),
+    ("backward", "    dp *= kept\n", ""),
+    ("backward", "    p *= kept\n", ""),
+    ("backward", f", {GROWN}, 0.0)", ", 1.0, 0.0)"),
+    ("backward", "dp *= kept", "dp *= (kept > 0.0)"),
     ("backward", "batch = b.to(tl.int32)", "batch = b.to(tl.int32) * 0"),
 )
 """Kind, a piece of the file of ``causal``, and what to break it into."""

@@ -24,8 +24,8 @@ from attnc.printer import parse
 from tests.codegen.triton.test_interpreted import NAMES
 
 SERVED = ("forward", "backward")
-SOME = ("left_padded", "sigmoid")
-"""Rows that spread over hidden keys, in fp16 and with a group; weights that no sum divides."""
+SOME = ("mask_as_bias", "sigmoid")
+"""Rows of fills and of NaN, with a group; weights that no sum divides."""
 SEED = torch.tensor([11])
 
 

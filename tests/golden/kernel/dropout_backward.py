@@ -6,7 +6,7 @@ formula p = exp(s - lse), s = steps(q @ k^T); dv = p^T @ dout, ds = p * (dout @ 
         delta = rowsum(dout * out) - dlse, and back through the steps: dq = ds @ k, dk = ds^T @ q; p is computed again
 source  FlashAttention-2 (arXiv:2307.08691), algorithm 2, with one kernel for dq and one for dk and dv
 dropout 0.3 of the p that give dv, and of dout @ v^T alike, drawn again from the forward's seed: see _keeps
-key     6b3ffb9622ec39ab
+key     ec7f8acd47ddf872
 
 Layouts: q [B, H, Sq, 32], k [B, Hkv, Sk, 32], v [B, Hkv, Sk, 32]; out and dout [B, H, Sq, 32]; lse and dlse
 [B, H, Sq] in fp32. Any strides; a gradient has the shape and the dtype of its tensor.
@@ -97,11 +97,11 @@ def _pull(
         keep = ki <= qi
         s = tl.where(keep, s, s + -3.4028234663852886e+38)
         s = tl.where(inside, s, float("-inf"))
-    kept = _keeps(seed, batch, head, qi, ki)
-    dp = tl.where(kept, dp * 1.4285714285714286, 0.0)
+    kept = tl.where(_keeps(seed, batch, head, qi, ki), 1.4285714285714286, 0.0)
+    dp *= kept
     p = tl.exp2(s - top)
     ds = p * (dp - delta)
-    p = tl.where(kept, p, 0.0)
+    p *= kept
     if MASKED:
         ds = tl.where(inside, ds, 0.0)
     ds = ds * (1.0 - t1 * t1)  # softcap(5.0)
@@ -378,7 +378,7 @@ def dropout_backward_dkdv_kernel(
     dk_at = dk_ptr + at * 32 + j[:, None] * 32
     dv_at = dv_ptr + at * 32 + j[:, None] * 32
     tl.store(dk_at + d[None, :], (dk * 0.3).to(dk_ptr.dtype.element_ty), mask=(cols < sk)[:, None])
-    tl.store(dv_at + e[None, :], (dv * 1.4285714285714286).to(dv_ptr.dtype.element_ty), mask=(cols < sk)[:, None])
+    tl.store(dv_at + e[None, :], dv.to(dv_ptr.dtype.element_ty), mask=(cols < sk)[:, None])
 
 
 def backward(q, k, v, seed, out, lse, dout, dlse=None, needs=None, new=torch.empty):
