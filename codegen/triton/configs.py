@@ -149,7 +149,9 @@ def _pick(spec: AttentionSpec, arch: str, wide: int, descriptors: bool, lookup: 
     light = _is_light(spec) and not grows(spec.mask) and not lookup
     config = (_LIGHT.get(size, {}).get(arch) if light else None) or _HALF[size][arch]
     if arch == "sm_100" and elementwise:  # 64 keys spill where nothing else is kept
-        return replace(config, block_n=32)
+        config = replace(config, block_n=32)
+    if arch == "sm_100" and spec.dropout:  # a third stage spills
+        config = replace(config, stages=min(config.stages, 2))
     return config
 
 
