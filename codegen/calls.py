@@ -7,21 +7,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnc.errors import UnsupportedError
+from attnc.codegen.dropout import check_seed
 from attnc.ir import AttentionSpec
 
 
-def check(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor]) -> None:
+def check(
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor],
+    seed: Tensor | None = None,
+) -> None:
     """Raise if a call does not fit the spec; sizes may differ from the traced ones, head counts may not.
 
     Raises:
-        UnsupportedError: the spec has dropout, for which the operators have no seed.
-        ValueError: head counts or the number of captured tensors are not the spec's.
+        UnsupportedError: the spec has dropout, and the call no seed.
+        ValueError: head counts or the number of captured tensors are not the spec's, or the seed is not one
+            int64 number.
     """
     if spec.dropout:
-        raise UnsupportedError(
-            f"attnc::attend has no seed yet: expected dropout 0, found {spec.dropout} in {spec}"
-        )
+        check_seed(seed, spec.dropout)
     if len(captured) != len(spec.captured):
         raise ValueError(f"{spec}: expected {len(spec.captured)} captured tensors, found {len(captured)}")
     if q.shape[1] != k.shape[1] * spec.group_size or v.shape[1] != k.shape[1]:

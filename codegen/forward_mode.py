@@ -32,13 +32,14 @@ from attnc.errors import UnsupportedError
 from attnc.printer import parse
 
 _TANGENT = (
-    "(Tensor q, Tensor k, Tensor v, Tensor[] captured, Tensor[] tangents, bool[] given, str spec)"
+    "(Tensor q, Tensor k, Tensor v, Tensor[] captured, Tensor[] tangents, bool[] given, str spec,"
+    " Tensor? seed=None)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _BACKWARD = (
     "(Tensor? dout, Tensor? dlse, Tensor? dtout, Tensor? dtlse, Tensor q, Tensor k, Tensor v,"
     " Tensor[] captured, Tensor[] tangents, bool[] given, Tensor out, Tensor lse, Tensor tout, Tensor tlse,"
-    " str spec, bool[] needs) -> Tensor[]"
+    " str spec, bool[] needs, Tensor? seed=None) -> Tensor[]"
 )
 
 
@@ -51,12 +52,13 @@ def attend_tangent(
     tangents: Sequence[Tensor],
     given: Sequence[bool],
     spec: str,
+    seed: Tensor | None = None,
 ) -> Results:
     """Return out and lse of ``attend``, and their tangents.
 
     ``tangents`` are those of (q, k, v, *captured) that ``given`` marks, in that order; the others are zeros.
     """
-    return tangent(parse(spec), q, k, v, captured, _spread(tangents, given))
+    return tangent(parse(spec), q, k, v, captured, _spread(tangents, given), seed)
 
 
 def _spread(found: Sequence[Tensor], given: Sequence[bool]) -> list[Tensor | None]:
@@ -74,6 +76,7 @@ def _tangent_fake(
     tangents: Sequence[Tensor],
     given: Sequence[bool],
     spec: str,
+    seed: Tensor | None = None,
 ) -> Results:
     b, h, sq, _ = q.shape
     out, lse = (b, h, sq, v.shape[3]), (b, h, sq)
@@ -90,11 +93,12 @@ def _tangent_cuda(
     tangents: Sequence[Tensor],
     given: Sequence[bool],
     spec: str,
+    seed: Tensor | None = None,
 ) -> Results:
     """Run the emitted Triton kernel, or plain torch where none can serve the spec."""
     from attnc.codegen.triton.launch import run_tangent
 
-    return run_tangent(parse(spec), q, k, v, captured, _spread(tangents, given))
+    return run_tangent(parse(spec), q, k, v, captured, _spread(tangents, given), seed)
 
 
 @operator("attend_tangent_backward", _BACKWARD)
@@ -115,6 +119,7 @@ def attend_tangent_backward(
     tlse: Tensor,
     spec: str,
     needs: Sequence[bool],
+    seed: Tensor | None = None,
 ) -> list[Tensor]:
     """Return the gradients of (q, k, v, *captured) and of their tangents, those that ``needs`` marks.
 
@@ -123,7 +128,7 @@ def attend_tangent_backward(
     """
     inputs = (q, k, v, *captured)
     duals = tangent_gradients(
-        parse(spec), q, k, v, captured, _spread(tangents, given), dout, dlse, dtout, dtlse
+        parse(spec), q, k, v, captured, _spread(tangents, given), dout, dlse, dtout, dtlse, seed
     )
     grads = [*((d.tangent, d.value) for d in duals), *((d.value, d.value) for d in duals)]
     found = []
@@ -152,6 +157,7 @@ def _tangent_backward_fake(
     tlse: Tensor,
     spec: str,
     needs: Sequence[bool],
+    seed: Tensor | None = None,
 ) -> list[Tensor]:
     inputs = (q, k, v, *captured)
     pairs = zip((*inputs, *inputs), needs, strict=True)
@@ -162,11 +168,13 @@ attend_tangent.register_vmap_loop()
 attend_tangent_backward.register_vmap_loop()
 
 
-def _tangent(inputs: Sequence[Tensor], tangents: Sequence[Tensor | None], spec: str) -> Results:
+def _tangent(
+    inputs: Sequence[Tensor], tangents: Sequence[Tensor | None], spec: str, seed: Tensor | None
+) -> Results:
     """Call ``attend_tangent`` with tangents where there are any."""
     given = [t is not None for t in tangents]
     found: Results = torch.ops.attnc.attend_tangent(
-        *inputs[:3], inputs[3:], [t for t in tangents if t is not None], given, spec
+        *inputs[:3], inputs[3:], [t for t in tangents if t is not None], given, spec, seed
     )
     return found
 
@@ -178,6 +186,7 @@ def _tangent_backward(
     results: Results,
     spec: str,
     needs: Sequence[bool],
+    seed: Tensor | None,
 ) -> list[Tensor | None]:
     """Call ``attend_tangent_backward`` and return a gradient, or None, for each flag in ``needs``."""
     given = [t is not None for t in tangents]
@@ -185,7 +194,7 @@ def _tangent_backward(
     if not any(needs) or all(g is None for g in grads):
         return [None] * len(needs)
     found = torch.ops.attnc.attend_tangent_backward(
-        *grads, *inputs[:3], inputs[3:], moved, given, *results, spec, needs
+        *grads, *inputs[:3], inputs[3:], moved, given, *results, spec, needs, seed
     )
     return _spread(found, needs)
 
@@ -194,37 +203,47 @@ class _Attend(Node):
     """``attend`` in a graph."""
 
     @staticmethod
-    def forward(below: Below, spec: str, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = below(*inputs[:3], list(inputs[3:]), spec)
+    def forward(below: Below, spec: str, seed: Tensor | None, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = below(*inputs[:3], list(inputs[3:]), spec, seed)
         return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, ctx.spec, *tensors = inputs
+        _, ctx.spec, seed, *tensors = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output, *tensors)
+        ctx.save_for_backward(*output, seed, *tensors)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[3:]
         if dout is None and dlse is None:
-            return (None, None, *(None for _ in needs))
-        out, lse, q, k, v, *captured = ctx.saved_tensors
-        found = torch.ops.attnc.attend_backward(dout, dlse, q, k, v, captured, out, lse, ctx.spec, needs)
-        return None, None, *_spread(found, needs)
+            return (None, None, None, *(None for _ in needs))
+        out, lse, seed, q, k, v, *captured = ctx.saved_tensors
+        found = torch.ops.attnc.attend_backward(
+            dout, dlse, q, k, v, captured, out, lse, ctx.spec, needs, seed
+        )
+        return None, None, None, *_spread(found, needs)
 
 
 def attend_autograd(
-    below: Below, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], spec: str
+    below: Below,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor],
+    spec: str,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Differentiate ``attend``."""
     inputs = (q, k, v, *captured)
     tangents = [tangent_of(x) for x in inputs]
     if any(t is not None for t in tangents):
-        out, lse, tout, tlse = _tangent([without_tangent(x) for x in inputs], tangents, spec)
+        out, lse, tout, tlse = _tangent([without_tangent(x) for x in inputs], tangents, spec, seed)
         return with_tangent(out, tout), with_tangent(lse, tlse)
-    recorded = is_recorded(*inputs)
-    out, lse = record(_Attend, below, spec, *inputs) if recorded else below(q, k, v, captured, spec)
+    if is_recorded(*inputs):
+        out, lse = record(_Attend, below, spec, seed, *inputs)
+    else:
+        out, lse = below(q, k, v, captured, spec, seed)
     return out, lse
 
 
@@ -240,15 +259,16 @@ class _Backward(Node):
         dlse: Tensor | None,
         out: Tensor | None,
         lse: Tensor | None,
+        seed: Tensor | None,
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
-        return tuple(below(dout, dlse, *inputs[:3], list(inputs[3:]), out, lse, spec, needs))
+        return tuple(below(dout, dlse, *inputs[:3], list(inputs[3:]), out, lse, spec, needs, seed))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, ctx.spec, ctx.needs, dout, dlse, _, _, *tensors = inputs
+        _, ctx.spec, ctx.needs, dout, dlse, _, _, seed, *tensors = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(dout, dlse, *tensors)
+        ctx.save_for_backward(dout, dlse, seed, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -256,21 +276,21 @@ class _Backward(Node):
 
         The forward's results are functions of the inputs, which get all of the gradient.
         """
-        dout, dlse, *inputs = ctx.saved_tensors
-        wants_dout, wants_dlse, _, _, *wanted = ctx.needs_input_grad[3:]
+        dout, dlse, seed, *inputs = ctx.saved_tensors
+        wants_dout, wants_dlse, _, _, _, *wanted = ctx.needs_input_grad[3:]
         rest = iter(grads)
         tangents = [next(rest) if need else None for need in ctx.needs]
         if all(t is None for t in tangents):
-            return (None,) * (7 + len(inputs))
-        results = _tangent(inputs, tangents, ctx.spec)
+            return (None,) * (8 + len(inputs))
+        results = _tangent(inputs, tangents, ctx.spec, seed)
         needs = [*wanted, *(False for _ in wanted)]
-        found = _tangent_backward((None, None, dout, dlse), inputs, tangents, results, ctx.spec, needs)
+        found = _tangent_backward((None, None, dout, dlse), inputs, tangents, results, ctx.spec, needs, seed)
         _, _, tout, tlse = results
         return (
             *(None, None, None),
             tout if wants_dout else None,
             tlse if wants_dlse else None,
-            *(None, None),
+            *(None, None, None),
             *found[: len(inputs)],
         )
 
@@ -287,6 +307,7 @@ def attend_backward_autograd(
     lse: Tensor | None,
     spec: str,
     needs: Sequence[bool],
+    seed: Tensor | None = None,
 ) -> list[Tensor]:
     """Differentiate ``attend_backward``."""
     inputs = (q, k, v, *captured)
@@ -295,14 +316,15 @@ def attend_backward_autograd(
     if any(t is not None for t in (*tangents, *moved)):
         inputs = tuple(without_tangent(x) for x in inputs)
         dout, dlse = (None if x is None else without_tangent(x) for x in (dout, dlse))
-        results = _tangent(inputs, tangents, spec)
-        found = _tangent_backward((*moved, dout, dlse), inputs, tangents, results, spec, [*needs, *needs])
-        half = len(needs)
+        results = _tangent(inputs, tangents, spec, seed)
+        needs = [*needs, *needs]
+        found = _tangent_backward((*moved, dout, dlse), inputs, tangents, results, spec, needs, seed)
+        half = len(needs) // 2
         pairs = zip(found[half:], found[:half], strict=True)
         return [with_tangent(g, t) for g, t in pairs if g is not None and t is not None]
     if is_recorded(dout, dlse, *inputs):
-        return list(record(_Backward, below, spec, needs, dout, dlse, out, lse, *inputs))
-    plain: list[Tensor] = below(dout, dlse, q, k, v, captured, out, lse, spec, needs)
+        return list(record(_Backward, below, spec, needs, dout, dlse, out, lse, seed, *inputs))
+    plain: list[Tensor] = below(dout, dlse, q, k, v, captured, out, lse, spec, needs, seed)
     return plain
 
 
@@ -310,27 +332,30 @@ class _Tangent(Node):
     """``attend_tangent`` in a graph."""
 
     @staticmethod
-    def forward(below: Below, spec: str, given: Sequence[bool], *tensors: Tensor) -> Results:
+    def forward(
+        below: Below, spec: str, given: Sequence[bool], seed: Tensor | None, *tensors: Tensor
+    ) -> Results:
         inputs, moved = tensors[: len(given)], tensors[len(given) :]
-        found: Results = below(*inputs[:3], list(inputs[3:]), list(moved), given, spec)
+        found: Results = below(*inputs[:3], list(inputs[3:]), list(moved), given, spec, seed)
         return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
-        _, ctx.spec, ctx.given, *tensors = inputs
+        _, ctx.spec, ctx.given, seed, *tensors = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output, *tensors)
+        ctx.save_for_backward(*output, seed, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        out, lse, tout, tlse, *tensors = ctx.saved_tensors
+        out, lse, tout, tlse, seed, *tensors = ctx.saved_tensors
         inputs, tangents = tensors[: len(ctx.given)], _spread(tensors[len(ctx.given) :], ctx.given)
-        wanted = ctx.needs_input_grad[3:]
+        wanted = ctx.needs_input_grad[4:]
         of_tangents = iter(wanted[len(inputs) :])
         needs = [*wanted[: len(inputs)], *(next(of_tangents) if g else False for g in ctx.given)]
-        found = _tangent_backward(grads, inputs, tangents, (out, lse, tout, tlse), ctx.spec, needs)
+        results = (out, lse, tout, tlse)
+        found = _tangent_backward(grads, inputs, tangents, results, ctx.spec, needs, seed)
         pairs = zip(found[len(inputs) :], ctx.given, strict=True)
-        return None, None, None, *found[: len(inputs)], *(f for f, g in pairs if g)
+        return None, None, None, None, *found[: len(inputs)], *(f for f, g in pairs if g)
 
 
 @attend_tangent.register_autograd
@@ -343,15 +368,16 @@ def _tangent_autograd(
     tangents: Sequence[Tensor],
     given: Sequence[bool],
     spec: str,
+    seed: Tensor | None = None,
 ) -> Results:
     tensors = (q, k, v, *captured, *tangents)
     if any(tangent_of(x) is not None for x in tensors):
         _refuse("a tangent of a tangent")
     found: Results
     if is_recorded(*tensors):
-        found = record(_Tangent, below, spec, given, *tensors)
+        found = record(_Tangent, below, spec, given, seed, *tensors)
     else:
-        found = below(q, k, v, captured, tangents, given, spec)
+        found = below(q, k, v, captured, tangents, given, spec, seed)
     return found
 
 

@@ -32,7 +32,8 @@ def lower(graph: fx.Graph, portable: bool = False) -> tuple[dict[str, int], dict
 
     Returns how many went to each backend, and the new names of nodes that held outputs of ``attend``.
 
-    A node whose log-sum-exp is used stays.  ``portable`` uses plain ATen wherever a plain form exists.
+    A node whose log-sum-exp is used, or that has dropout, stays.  ``portable`` uses plain ATen wherever a
+    plain form exists.
     """
     build, shared = Builder(graph), SharedMemory(graph)
     counts: dict[str, int] = {}
@@ -59,11 +60,13 @@ def _lowered(
     renamed: dict[str, str],
 ) -> bool:
     reads = list(node.users)
-    if backend not in ("sdpa", "flex") or any(
-        u.target is not operator.getitem or u.args[1] != 0 for u in reads
+    if (
+        spec.dropout
+        or backend not in ("sdpa", "flex")
+        or any(u.target is not operator.getitem or u.args[1] != 0 for u in reads)
     ):
         return False
-    q, k, v, captured, _ = node.args
+    q, k, v, captured, *_ = node.args
     build.before(node, node.meta.get("attnc"), node)
     if backend == "sdpa":
         out = sdpa.lower(spec, build, q, k, v, captured, portable)  # type: ignore[arg-type]

@@ -64,7 +64,7 @@ class Operator:
         """Run a batch of calls one by one."""
 
         def run(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-            rows = [self._overload(*_select(args, in_dims, i)) for i in range(info.batch_size)]
+            rows = [self._overload(*select(args, in_dims, i)) for i in range(info.batch_size)]
             if isinstance(rows[0], Tensor):
                 return torch.stack(rows), 0
             stacked = [torch.stack(column) for column in zip(*rows, strict=True)]
@@ -102,13 +102,13 @@ def _register(overload: Any, kernel: Callable[..., Any], key: str) -> None:
     _LIBRARY.impl(overload._opname, autograd, key, with_keyset=True)
 
 
-def _select(args: Sequence[Any], dims: Any, at: int) -> list[Any]:
+def select(args: Sequence[Any], dims: Any, at: int) -> list[Any]:
     """Return the arguments of one call of a batch; ``dims`` has one mapped dimension, or None, for each."""
     dims = dims if isinstance(dims, (list, tuple)) else [dims] * len(args)
     found: list[Any] = []
     for x, dim in zip(args, dims, strict=True):
         if isinstance(x, (list, tuple)):
-            found.append(_select(x, dim, at))
+            found.append(select(x, dim, at))
         else:
             found.append(x.select(dim, at) if isinstance(x, Tensor) and dim is not None else x)
     return found

@@ -1,9 +1,10 @@
 """The operator ``attnc::attend``: one attention site as one graph node, on every device, with a gradient.
 
-``attend(q, k, v, captured, spec)`` runs the spec whose text it is given and returns ``(out, lse)``.  Layouts
-are those of ``attnc.ir``: q ``[B, H, Sq, Dqk]``, k ``[B, Hkv, Sk, Dqk]``, v ``[B, Hkv, Sk, Dv]``; out
-``[B, H, Sq, Dv]`` in q's dtype, lse ``[B, H, Sq]`` (natural log; fp64 for fp64 inputs, else fp32).  The spec
-executed is the implementation everywhere; on CUDA the emitted Triton kernel takes its place where it can run.
+``attend(q, k, v, captured, spec, seed=None)`` runs the spec with this text, and returns ``(out, lse)``.
+Layouts are those of ``attnc.ir``: q ``[B, H, Sq, Dqk]``, k ``[B, Hkv, Sk, Dqk]``, v ``[B, Hkv, Sk, Dv]``;
+out ``[B, H, Sq, Dv]`` in q's dtype, lse ``[B, H, Sq]`` (natural log; fp64 for fp64 inputs, else fp32).  The
+spec executed is the implementation everywhere; on CUDA the emitted Triton kernel takes its place where it can
+run.
 
 Derivatives in reverse and in forward mode, and of one in the other: ``attnc.codegen.forward_mode``.
 """
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 from attnc.codegen.calls import check, stack, work_dtype
+from attnc.codegen.dropout import factors
 from attnc.codegen.forward_mode import attend_autograd, attend_backward_autograd
-from attnc.codegen.operators import operator
+from attnc.codegen.operators import operator, select
 from attnc.errors import UnsupportedError
 from attnc.ir import (
     AttentionSpec,
@@ -37,10 +39,12 @@ from attnc.masks import Full, Grid
 from attnc.pointwise import SCORE
 from attnc.printer import parse
 
-_FORWARD = "(Tensor q, Tensor k, Tensor v, Tensor[] captured, str spec) -> (Tensor, Tensor)"
+_FORWARD = (
+    "(Tensor q, Tensor k, Tensor v, Tensor[] captured, str spec, Tensor? seed=None) -> (Tensor, Tensor)"
+)
 _BACKWARD = (
     "(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor[] captured, Tensor? out, Tensor? lse,"
-    " str spec, bool[] needs) -> Tensor[]"
+    " str spec, bool[] needs, Tensor? seed=None) -> Tensor[]"
 )
 
 
@@ -51,17 +55,19 @@ def execute(
     v: Tensor,
     captured: Sequence[Tensor] = (),
     listed: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run ``spec`` in plain torch as ``spec(...)`` does, but never expand grouped keys and values.
 
     ``listed``, bool, broadcasts to ``[B, H, Sq, Sk]``: pairs that are not in it add nothing, whatever the
     spec's fill; a query without any is one that sees no key.
+    ``seed``, one int64 number, is what dropout is drawn from.
 
     Raises:
-        UnsupportedError: the spec has dropout, for which the operator has no seed.
+        UnsupportedError: the spec has dropout, and the call no seed.
         ValueError: head counts or the number of captured tensors are not the spec's.
     """
-    check(spec, q, k, v, captured)
+    check(spec, q, k, v, captured, seed)
     named = {o.name: t for o, t in zip(spec.captured, captured, strict=True)}
     states, _ = _scores(spec, q, k, named)
     if listed is None:
@@ -70,8 +76,13 @@ def execute(
         weights, lse = spec.norm.apply(states[-1], named, listed)
     else:
         weights, lse = spec.norm.apply(states[-1].masked_fill(~listed, -math.inf), named)
-    out = stack(weights, k) @ v.to(weights.dtype)
+    out = stack(_dropped(spec, weights, seed), k) @ v.to(weights.dtype)
     return out.view(*q.shape[:3], v.shape[3]).to(q.dtype), lse.contiguous()
+
+
+def _dropped(spec: AttentionSpec, weights: Tensor, seed: Tensor | None) -> Tensor:
+    """Return weights, or their gradients, after dropout."""
+    return weights * factors(seed, spec.dropout, weights) if spec.dropout else weights
 
 
 def _scores(
@@ -90,14 +101,20 @@ def _scores(
 
 
 @operator("attend", _FORWARD)
-def attend(q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], spec: str) -> tuple[Tensor, Tensor]:
-    """Run the spec with this text; see the module for layouts and results."""
-    return execute(parse(spec), q, k, v, captured)
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], spec: str, seed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run the spec with this text; see the module for layouts and results.
+
+    A spec with dropout needs a ``seed``: the same seed gives the same bits, and so do the backward and the
+    Triton kernels.  See ``attnc.codegen.dropout``.
+    """
+    return execute(parse(spec), q, k, v, captured, seed=seed)
 
 
 @attend.register_fake
 def _attend_fake(
-    q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], spec: str
+    q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], spec: str, seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     b, h, sq, _ = q.shape
     return q.new_empty((b, h, sq, v.shape[3])), q.new_empty((b, h, sq), dtype=work_dtype(q))
@@ -115,13 +132,14 @@ def attend_backward(
     lse: Tensor | None,
     spec: str,
     needs: Sequence[bool],
+    seed: Tensor | None = None,
 ) -> list[Tensor]:
     """Return the gradients of those of (q, k, v, *captured) that ``needs`` marks, in that order.
 
     ``out`` and ``lse`` are what ``attend`` returned, None if they were not kept; kernels read them, plain
     torch does not.  A gradient ``dout`` or ``dlse`` of None stands for zeros.
     """
-    return gradients(parse(spec), q, k, v, captured, dout, dlse, needs)
+    return gradients(parse(spec), q, k, v, captured, dout, dlse, needs, seed)
 
 
 def gradients(
@@ -133,6 +151,7 @@ def gradients(
     dout: Tensor | None,
     dlse: Tensor | None,
     needs: Sequence[bool],
+    seed: Tensor | None = None,
 ) -> list[Tensor]:
     """Return the gradients of those of (q, k, v, *captured) that ``needs`` marks, in plain torch.
 
@@ -141,9 +160,10 @@ def gradients(
     Source: FlashAttention (arXiv:2205.14135), appendix B.4, with ``d lse / d s = weights`` added.
 
     Raises:
+        UnsupportedError: the spec has dropout, and the call no seed.
         ValueError: head counts or the number of captured tensors are not the spec's.
     """
-    grads = _gradients(spec, q, k, v, captured, dout, dlse)
+    grads = _gradients(spec, q, k, v, captured, dout, dlse, seed)
     wanted = (
         pair for pair, need in zip(zip((q, k, v, *captured), grads, strict=True), needs, strict=True) if need
     )
@@ -158,9 +178,10 @@ def _gradients(
     captured: Sequence[Tensor],
     dout: Tensor | None,
     dlse: Tensor | None,
+    seed: Tensor | None,
 ) -> list[Tensor]:
     """Return the gradients of q, k, v and the captured tensors (zeros for masks), in working precision."""
-    check(spec, q, k, v, captured)
+    check(spec, q, k, v, captured, seed)
     named = {o.name: t for o, t in zip(spec.captured, captured, strict=True)}
     states, keep = _scores(spec, q, k, named)
     weights, lse = spec.norm.apply(states[-1], named)
@@ -170,7 +191,7 @@ def _gradients(
         if dout is None
         else dout.to(work)
     )
-    dw = (stack(dy, k) @ v.to(work).transpose(-2, -1)).view_as(weights)
+    dw = _dropped(spec, (stack(dy, k) @ v.to(work).transpose(-2, -1)).view_as(weights), seed)
     sums = {name: torch.zeros_like(t, dtype=work) for name, t in named.items()}
     if isinstance(spec.norm, Softmax):
         row = -(dw * weights).sum(-1) if dlse is None else dlse.to(work) - (dw * weights).sum(-1)
@@ -187,7 +208,7 @@ def _gradients(
     ds = stack(ds, k)
     dq = (ds @ k.to(work)).view_as(q)
     dk = ds.transpose(-2, -1) @ stack(q.to(work), k)
-    dv = stack(weights, k).transpose(-2, -1) @ stack(dy, k)
+    dv = stack(_dropped(spec, weights, seed), k).transpose(-2, -1) @ stack(dy, k)
     return [dq, dk, dv, *sums.values()]
 
 
@@ -230,6 +251,7 @@ def _backward_fake(
     lse: Tensor | None,
     spec: str,
     needs: Sequence[bool],
+    seed: Tensor | None = None,
 ) -> list[Tensor]:
     pairs = zip((q, k, v, *captured), needs, strict=True)
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x, need in pairs if need]
@@ -242,12 +264,16 @@ attend_backward.register_autograd(attend_backward_autograd)
 def attend_vmap(
     info: Any, in_dims: tuple[Any, ...], *args: Any
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    """Map ``attend``: fold the dimension into the batch where every tensor has one, else call per element."""
-    q, k, v, captured, text = args
+    """Map ``attend``: fold the dimension into the batch where every tensor has one, else call per element.
+
+    Dropout numbers the entries of a batch, so a folded one would draw otherwise.
+    """
+    q, k, v, captured, text, *_ = args
     n, spec = info.batch_size, parse(text)
     dims = _flat_dims(in_dims, len(captured))
-    if any(d is not None and o.axes[:1] != "b" for d, o in zip(dims[3:], spec.captured, strict=True)):
-        return _attend_loop(n, dims, q, k, v, captured, text)
+    shared = any(d is not None and o.axes[:1] != "b" for d, o in zip(dims[3:], spec.captured, strict=True))
+    if shared or spec.dropout:
+        return _attend_loop(n, in_dims, args)
     batch = q.shape[0] if dims[0] is None else q.movedim(dims[0], 0).shape[1]
     folded = [_fold(x, d, n, batch) for x, d in zip((q, k, v), dims, strict=False)]
     rest = [
@@ -274,12 +300,9 @@ def _fold(x: Tensor, dim: int | None, n: int, batch: int) -> Tensor:
 
 
 def _attend_loop(
-    n: int, dims: Sequence[int | None], q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], spec: str
+    n: int, in_dims: tuple[Any, ...], args: Sequence[Any]
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    results = []
-    for i in range(n):
-        one = [x if d is None else x.select(d, i) for x, d in zip((q, k, v, *captured), dims, strict=True)]
-        results.append(torch.ops.attnc.attend(*one[:3], one[3:], spec))
+    results = [torch.ops.attnc.attend(*select(args, in_dims, i)) for i in range(n)]
     return (torch.stack([o for o, _ in results]), torch.stack([s for _, s in results])), (0, 0)
 
 
@@ -288,12 +311,12 @@ attend_backward.register_vmap_loop()
 
 @attend.register_kernel("cuda")
 def _attend_cuda(
-    q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], spec: str
+    q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], spec: str, seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Run the emitted Triton kernel, or the spec itself where no kernel can serve it."""
     from attnc.codegen.triton.launch import run
 
-    return run(parse(spec), q, k, v, captured)
+    return run(parse(spec), q, k, v, captured, seed)
 
 
 @attend_backward.register_kernel("cuda")
@@ -308,8 +331,9 @@ def _backward_cuda(
     lse: Tensor | None,
     spec: str,
     needs: Sequence[bool],
+    seed: Tensor | None = None,
 ) -> list[Tensor]:
     """Run the emitted Triton kernels, or plain torch where none can serve the spec."""
     from attnc.codegen.triton.launch import run_backward
 
-    return run_backward(parse(spec), q, k, v, captured, out, lse, dout, dlse, needs)
+    return run_backward(parse(spec), q, k, v, captured, out, lse, dout, dlse, needs, seed)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attnc import pointwise as P
 from attnc.codegen.calls import check, stack, work_dtype
+from attnc.codegen.dropout import factors
 from attnc.duals import Dual, plus
 from attnc.ir import (
     AttentionSpec,
@@ -43,18 +44,19 @@ def tangent(
     v: Tensor,
     captured: Sequence[Tensor],
     tangents: Sequence[Tensor | None],
+    seed: Tensor | None = None,
 ) -> Results:
     """Return out and lse as ``execute`` does, and the tangent of each, in its dtype.
 
     ``tangents`` are those of (q, k, v, *captured), in the shapes of these; None stands for zeros.
 
     Raises:
-        UnsupportedError: the spec has dropout.
+        UnsupportedError: the spec has dropout, and the call no seed.
         ValueError: head counts or the number of captured tensors are not the spec's.
     """
-    at = _Point(spec, q, k, v, captured, tangents)
+    at = _Point(spec, q, k, v, captured, tangents, seed)
     weights, lse = at.weigh(at.scores())
-    out = at.rows(at.stacked(weights) @ at.v)
+    out = at.rows(at.stacked(at.dropped(weights)) @ at.v)
     tout, tlse = (torch.zeros_like(x.value) if x.tangent is None else x.tangent for x in (out, lse))
     return out.value.to(q.dtype), lse.value.contiguous(), tout.to(q.dtype), tlse.contiguous()
 
@@ -70,6 +72,7 @@ def tangent_gradients(
     dlse: Tensor | None,
     dtout: Tensor | None,
     dtlse: Tensor | None,
+    seed: Tensor | None = None,
 ) -> list[Dual]:
     """Return the gradients of (q, k, v, *captured) from those of ``tangent``'s results, in working precision.
 
@@ -80,22 +83,23 @@ def tangent_gradients(
     and ``dtlse``, and its tangent along ``tangents``, ``dout`` and ``dlse``.  None stands for zeros.
 
     Raises:
-        UnsupportedError: the spec has dropout.
+        UnsupportedError: the spec has dropout, and the call no seed.
         ValueError: head counts or the number of captured tensors are not the spec's.
     """
-    at = _Point(spec, q, k, v, captured, tangents)
+    at = _Point(spec, q, k, v, captured, tangents, seed)
     before: list[Dual] = []
     scores = at.scores(before)
     weights, lse = at.weigh(scores)
     dy = at.stacked(at.cotangent(dtout, dout, (*q.shape[:3], v.shape[3])))
     row = at.cotangent(dtlse, dlse, q.shape[:3])
     sums: dict[str, Dual] = {}
-    ds = at.pull_weights(scores, weights, lse, at.rows(dy @ _turned(at.v)), row, sums)
+    dw = at.dropped(at.rows(dy @ _turned(at.v)))
+    ds = at.pull_weights(scores, weights, lse, dw, row, sums)
     for step, state in zip(reversed(spec.scores), reversed(before), strict=True):
         ds = at.pull(step, state, ds, sums)
     ds = at.stacked(ds)
     dq, dk = at.rows(ds @ at.k), _turned(ds) @ at.stacked(at.q)
-    dv = _turned(at.stacked(weights)) @ dy
+    dv = _turned(at.stacked(at.dropped(weights))) @ dy
     zeros = {n: Dual(torch.zeros_like(x.value, dtype=at.work)) for n, x in at.named.items()}
     return [dq, dk, dv, *(zeros | sums).values()]
 
@@ -119,9 +123,10 @@ class _Point:
         v: Tensor,
         captured: Sequence[Tensor],
         tangents: Sequence[Tensor | None],
+        seed: Tensor | None,
     ) -> None:
-        check(spec, q, k, v, captured)
-        self.spec, self.work = spec, work_dtype(q)
+        check(spec, q, k, v, captured, seed)
+        self.spec, self.work, self.seed = spec, work_dtype(q), seed
         given = (self._input(x, t) for x, t in zip((q, k, v, *captured), tangents, strict=True))
         self.q, self.k, self.v, *rest = given
         self.named = {o.name: x for o, x in zip(spec.captured, rest, strict=True)}
@@ -139,6 +144,13 @@ class _Point:
     def stacked(self, x: Dual) -> Dual:
         """Return ``[B, Hkv, group * Sq, D]`` from ``[B, H, Sq, D]``."""
         return x.linear(lambda x: stack(x, self.k.value))
+
+    def dropped(self, x: Dual) -> Dual:
+        """Return weights ``[B, H, Sq, Sk]``, or their gradients, after dropout."""
+        if not self.spec.dropout:
+            return x
+        kept = factors(self.seed, self.spec.dropout, x.value)
+        return x.linear(lambda x: x * kept)
 
     def rows(self, x: Dual) -> Dual:
         """Return ``[B, H, Sq, D]`` from ``[B, Hkv, group * Sq, D]``."""

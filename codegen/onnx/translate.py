@@ -52,7 +52,7 @@ def flat(program: ExportedProgram) -> ExportedProgram:
         return program
     functional = functional_program(program)
     before, after = _attends(program.graph), _attends(functional.graph)
-    if [n.args[-1] for n in before] == [n.args[-1] for n in after]:
+    if [n.args[4] for n in before] == [n.args[4] for n in after]:
         for old, new in zip(before, after, strict=True):
             new.meta["attnc"] = _meta(old)
     return functional
@@ -92,8 +92,8 @@ def _live(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _call(index: int, node: fx.Node, live: set[fx.Node]) -> Call:
-    q, k, v, captured, text = node.args
-    assert isinstance(text, str), "the schema of attnc::attend ends with a text"
+    q, k, v, captured, text, *_ = node.args
+    assert isinstance(text, str), "the fifth argument of attnc::attend is a text"
     assert isinstance(captured, Sequence), "the captured tensors of attnc::attend are a list"
     spec, (qs, ks, vs) = parse(text), (_shape(x) for x in (q, k, v))
     site = str(_meta(node).get("match", f"site_{index}"))

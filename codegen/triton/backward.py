@@ -8,6 +8,7 @@ from typing import Any
 
 from attnc.codegen.triton import holes, launches, tiles
 from attnc.codegen.triton.configs import Config, choose_keys
+from attnc.codegen.triton.draws import pull_lines
 from attnc.codegen.triton.heads import Part, head_parts
 from attnc.codegen.triton.inputs import Input, name_inputs
 from attnc.codegen.triton.launches import Call, strides
@@ -177,7 +178,7 @@ class _Backward:
     def captured_terms(self) -> list[str]:
         """Return what a tile is told of captured tensors: addresses, and strides along queries and keys."""
         terms = [t for x in self.pair_inputs for t in (f"{x.name}_at", *_pair_strides(x))]
-        return _optional(*terms, *self.frame["places"])
+        return _optional(*terms, *self.frame["places"], *self.frame["seeds"])
 
     def pairs(self) -> dict[str, Any]:
         """Return the function from contractions to weights and gradients, pair by pair."""
@@ -193,7 +194,7 @@ class _Backward:
             "chain_lines": self.chain.lines,
             "pulls": self.chain.pulls,
             "steep": steep or self.chain.is_steep,
-            "weights": weights,
+            "weights": pull_lines(self.spec, weights),
             "stops": self.spec.fill.how == "replace",
             "pull_params": [*given, "MASKED: tl.constexpr,"],
             "pull_down": self._pull_args("[:, None]", "[None, :]"),
@@ -239,7 +240,7 @@ class _Backward:
             _row(*self.names("k", k), *self.names("v", v), "b", "h", "first", "n"),
             _row("q_ptr", *strides(self.layout, "q"), "dout_ptr", *strides(self.layout, "dout")),
             *_optional(*(f"{x}_ptr" for x in (*(x.name for x in self.pair_inputs), *self.stats))),
-            *_optional(*captured),
+            *_optional(*captured, *self.frame["seeds"]),
             "tokens, q_start, sq, sk," if self.layout.is_packed else "heads, sq, sk,",
         ]
         rows = [f"d_{g.x.name}_sum" for g in self.of_kind("rows")]
@@ -349,16 +350,21 @@ class _Backward:
         out = {name: [g.x for g in self.of_kind(name)] for name in ("rows", "columns", "pairs")}
         refined = self.low.refine is not None
         rows_in = [*(["q", "k", "v"] if refined else []), "dout", "out"]
+        seeds = self.frame["seeds"]
         dq_out = ["dq", *(f"d_{x.name}" for x in (*out["rows"], *out["pairs"]))]
         dkdv_out = ["dk", "dv", *(f"d_{x.name}" for x in out["columns"])]
         return {
             "rows_call": self._call(
-                rows_in, ["lse", *self.stats], self.inputs if refined else (), "q", "heads"
+                rows_in,
+                ["lse", *self.stats, *(seeds if refined else [])],
+                self.inputs if refined else (),
+                "q",
+                "heads",
             ),
             "dq_call": self._call(
-                own, [*self.stats, *dq_out], self.pair_inputs, "qk" if out["pairs"] else "q", "heads"
+                own, [*self.stats, *seeds, *dq_out], self.pair_inputs, "qk" if out["pairs"] else "q", "heads"
             ),
-            "dkdv_call": self._call(own, [*self.stats, *dkdv_out], self.pair_inputs, "k", "kv_heads"),
+            "dkdv_call": self._call(own, [*self.stats, *seeds, *dkdv_out], self.pair_inputs, "k", "kv_heads"),
         }
 
     def _call(self, strided: list[str], plain: list[str], inputs: Any, along: str, *counts: str) -> Call:
@@ -408,7 +414,14 @@ class _Backward:
             "over": over,
             **wide,
             "places": {"b": " * batch", "h": " * heads", "": ""}[here],
-            "call": self._call(own, [*self.stats, f"d_{g.x.name}"], self.pair_inputs, "qk", "batch", "heads"),
+            "call": self._call(
+                own,
+                [*self.stats, *self.frame["seeds"], f"d_{g.x.name}"],
+                self.pair_inputs,
+                "qk",
+                "batch",
+                "heads",
+            ),
         }
 
     def _result(self, operand: str) -> str:

@@ -34,7 +34,7 @@ def sdpa_options(spec: AttentionSpec) -> str:
     plain = type(spec.norm) is Softmax and spec.norm.sink is None and not spec.captured
     if not (scaled and masked and plain):
         return ""
-    options = [f"scale={spec.scale!r}"]
+    options = [f"scale={spec.scale!r}", *([f"dropout_p={spec.dropout!r}"] if spec.dropout else [])]
     options += ["is_causal=True"] if spec.mask == CAUSAL else []
     options += ["enable_gqa=True"] if spec.group_size > 1 else []
     return ", ".join(options)

@@ -85,7 +85,7 @@ _HALF = {
 _LIGHT = {
     128: {"sm_80": Config(128, 64, 8, 2), "sm_90": Config(128, 128, 8, 2), "sm_100": Config(128, 128, 8, 2)}
 }
-"""Without a mask, with nothing else to load and no padded head size there are registers left."""
+"""Without a mask, with nothing else to load or draw and no padded head size there are registers left."""
 _TMA = {
     64: Config(128, 128, 8, 3),
     96: Config(128, 64, 8, 3),
@@ -132,7 +132,11 @@ def _pick(spec: AttentionSpec, arch: str, wide: int, descriptors: bool, lookup: 
     size = min(n for n in _HALF if n >= wide)
     if spec.q.dtype == torch.float32:
         config = (_FLOAT_AMD if arch.startswith("gfx") else _FLOAT)[size]
-        return replace(config, block_m=config.block_m // 2) if _loads_tiles(spec) and size == 32 else config
+        return (
+            replace(config, block_m=config.block_m // 2)
+            if (_loads_tiles(spec) or spec.dropout) and size == 32
+            else config
+        )
     elementwise = isinstance(spec.norm, Elementwise)
     if descriptors and arch in TMA and wide <= max(_TMA) and not elementwise:
         size = min(n for n in _TMA if n >= wide)
@@ -141,17 +145,20 @@ def _pick(spec: AttentionSpec, arch: str, wide: int, descriptors: bool, lookup: 
         light = _is_light(spec) and not (arch == "sm_100" and turns)
         config = (_TMA_LIGHT.get(size) if light else None) or _TMA[size]
         ids = any(x.per_tile and x.is_integer for x in name_inputs(spec))  # two registers each
-        return replace(config, block_n=min(config.block_n, 64)) if ids else config
+        return replace(config, block_n=min(config.block_n, 64)) if ids or spec.dropout else config
     light = _is_light(spec) and isinstance(spec.mask, Full) and not lookup
     config = (_LIGHT.get(size, {}).get(arch) if light else None) or _HALF[size][arch]
     if arch == "sm_100" and elementwise:  # 64 keys spill where nothing else is kept
-        return replace(config, block_n=32)
+        config = replace(config, block_n=32)
+    if arch == "sm_100" and spec.dropout:  # a third stage spills
+        config = replace(config, stages=min(config.stages, 2))
     return config
 
 
 def _is_light(spec: AttentionSpec) -> bool:
     unpadded = head_sizes(spec) == (spec.q.shape[3], spec.v.shape[3])
-    return isinstance(spec.mask, Full | Band) and unpadded and not any(x.per_tile for x in name_inputs(spec))
+    loads = any(x.per_tile for x in name_inputs(spec))
+    return isinstance(spec.mask, Full | Band) and unpadded and not loads and not spec.dropout
 
 
 def _loads_tiles(spec: AttentionSpec) -> bool:
@@ -241,11 +248,11 @@ _HELD_FLOAT_AMD = {64: Config(32, 32, 4, 1), 576: Config(16, 16, 4, 1)}
 def choose_backward(spec: AttentionSpec) -> dict[str, Config]:
     """Return one config per architecture for the backward programs that hold queries."""
     table = choose(spec, descriptors=False, lookup=True)
-    if spec.q.dtype == torch.float32:
-        return table
-    size = min(n for n in _HELD if n >= max(head_sizes(spec)))
-    pairs = _PAIRS.get(size, {}) if _loads_tiles(spec) else {}
-    return {**table, **({"sm_100": Config(128, 64, 8, 3)} if size == 64 else {}), **pairs}
+    if spec.q.dtype != torch.float32:
+        size = min(n for n in _HELD if n >= max(head_sizes(spec)))
+        table |= {"sm_100": Config(128, 64, 8, 3)} if size == 64 else {}
+        table |= _PAIRS.get(size, {}) if _loads_tiles(spec) else {}
+    return {arch: _fewer(spec, arch, x) for arch, x in table.items()}
 
 
 def choose_keys(spec: AttentionSpec, *, lookup: bool = False) -> dict[str, Config]:
@@ -262,7 +269,23 @@ def choose_keys(spec: AttentionSpec, *, lookup: bool = False) -> dict[str, Confi
         light = _is_light(spec) and (isinstance(spec.mask, Full) or grows(spec.mask)) and not lookup
         more = _HELD_LIGHT if light else _HELD_PAIRS if _loads_tiles(spec) else {}
         table = {**_HELD[size], **more.get(size, {})}
+    table = {arch: _fewer(spec, arch, x, keys=True) for arch, x in table.items()}
     return {**table, "interpreter": INTERPRETER}
+
+
+def _fewer(spec: AttentionSpec, arch: str, config: Config, *, keys: bool = False) -> Config:
+    """Return tiles that leave registers for the words that dropout draws, in the backward.
+
+    In half precision, which has the largest tiles; looked at for head sizes 64 and 128.
+    """
+    if not spec.dropout or spec.q.dtype == torch.float32 or arch == "interpreter":
+        return config
+    narrow = max(head_sizes(spec)) <= 64
+    if arch.startswith("gfx"):
+        most = Config(64 if narrow else 32, 16, 4, 1) if keys else config
+    else:
+        most = Config(128, 32, 8, 3) if narrow and not keys else Config(64, 32, 8, 2)
+    return Config(*map(min, astuple(config), astuple(most)))
 
 
 _TANGENT = {

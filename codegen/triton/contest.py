@@ -157,13 +157,13 @@ def _part(spec: AttentionSpec, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the start of each tensor: one batch entry, the heads of one key/value head, some tokens."""
     lengths = {"b": 1, "q": SLICE, "k": SLICE}
     out = []
-    for operand, x in zip((spec.q, spec.k, spec.v, *spec.captured), tensors, strict=True):
+    for operand, x in zip((spec.q, spec.k, spec.v, *spec.captured), tensors, strict=not spec.dropout):
         heads = 1 if operand in (spec.k, spec.v) else spec.group_size
         for at, axis in enumerate(operand.axes[-x.dim() :]):
             size = heads if axis == "h" else lengths.get(axis, x.shape[at])
             x = x.narrow(at, 0, min(size, x.shape[at]))
         out.append(x)
-    return out
+    return [*out, *tensors[len(out) :]]
 
 
 def disagreement(found: Sequence[Tensor], want: Sequence[Tensor], allowed: Sequence[float]) -> str | None:
@@ -177,7 +177,10 @@ def disagreement(found: Sequence[Tensor], want: Sequence[Tensor], allowed: Seque
 
 
 def draw(spec: AttentionSpec, lengths: Lengths, device: torch.device | str) -> tuple[Tensor, ...]:
-    """Return tensors for a call of a canonical spec; masks hide nothing, so that all the work is there."""
+    """Return tensors for a call of a canonical spec; masks hide nothing, so that all the work is there.
+
+    The seed comes last, if the spec has dropout.
+    """
     heads = lengths.kv_heads * spec.group_size
     sizes = {"b": lengths.batch, "h": heads, "hkv": lengths.kv_heads, "sq": lengths.sq, "sk": lengths.sk}
     roles = {x.operand: x.role for x in name_inputs(spec)}
@@ -186,6 +189,8 @@ def draw(spec: AttentionSpec, lengths: Lengths, device: torch.device | str) -> t
     for operand in (spec.q, spec.k, spec.v, *spec.captured):
         shape = [d if isinstance(d, int) else sizes.get(d, 1) for d in operand.shape]
         out.append(_sample(operand, shape, roles.get(operand, ""), g))
+    if spec.dropout:
+        out.append(torch.full((1,), 1, device=device))
     return tuple(out)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnc import logs
+from attnc.codegen.triton import draws
 from attnc.codegen.triton.bench import bench_holes
 from attnc.codegen.triton.canonical import canonical
 from attnc.codegen.triton.configs import CAPABILITIES, UNKNOWN, Config
@@ -62,8 +63,7 @@ def _obstacles(spec: AttentionSpec, node: str, kind: Kind) -> Iterator[Miss]:
         found = ", ".join(sorted(map(str, dtypes)))
         why = f"triton: expected q, k, v in one of float16, bfloat16 and float32, found {found}"
         yield Miss("triton-dtype", node, why)
-    if spec.dropout:
-        yield Miss("triton-dropout", node, f"triton: expected dropout 0, found {spec.dropout}")
+    yield from draws.obstacles(spec, node, kind.name, kind.dropout)
     for step in spec.scores:
         absent = pointwise_problem(step, kind.places) if isinstance(step, Pointwise) else None
         if absent is not None:

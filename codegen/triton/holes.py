@@ -10,6 +10,7 @@ import torch
 
 from attnc.codegen.triton import tiles
 from attnc.codegen.triton.configs import Config
+from attnc.codegen.triton.draws import draw_holes, seed_line, seed_sample, seeds
 from attnc.codegen.triton.formulas import positions
 from attnc.codegen.triton.heads import Part, head_parts
 from attnc.codegen.triton.inputs import Input, atoms, name_inputs
@@ -85,6 +86,7 @@ def fill_holes(
         **_score_holes(spec, inputs),
         **_loop_holes(spec, inputs, descriptors),
         **_weight_holes(spec, inputs),
+        **draw_holes(spec),
     }
 
 
@@ -139,8 +141,8 @@ def _input_holes(spec: AttentionSpec, inputs: tuple[Input, ...], layout: Layout)
     """Return parameters, arguments, and samples for the self-test."""
     tensors = [o.name for o in spec.captured]  # canonical names are those of the launcher
     strides = [s for x in inputs for s in x.strides()]
-    names = ["q", "k", "v", *tensors]
-    passed = ["q", "k", "v", *(x.name for x in inputs), "out", "lse"]
+    names = ["q", "k", "v", *tensors, *seeds(spec)]
+    passed = ["q", "k", "v", *(x.name for x in inputs), *seeds(spec), "out", "lse"]
     parameters: list[Sequence[str]] = [
         [f"{x}_ptr" for x in passed],
         [f"{x}_ptr" for x in layout.lists],
@@ -162,9 +164,12 @@ def _input_holes(spec: AttentionSpec, inputs: tuple[Input, ...], layout: Layout)
         "launch_args": [_row(x) for x in arguments if x],
         "signature": ", ".join(names),
         "arguments": ", ".join(names),
-        "tensors": [{"line": _describe(x)} for x in inputs],
+        "tensors": [*({"line": _describe(x)} for x in inputs), *([seed_line()] if spec.dropout else [])],
         "inputs": [input_holes(x) for x in inputs],
-        "samples": [_sample(next((x for x in inputs if x.tensor == t), None)) for t in tensors],
+        "samples": [
+            *(_sample(next((x for x in inputs if x.tensor == t), None)) for t in tensors),
+            *([seed_sample()] if spec.dropout else []),
+        ],
         "blanks": [line for at, t in enumerate(tensors) for line in _blank(spec, inputs, t, at + 3)],
     }
 
@@ -230,17 +235,19 @@ def _score_holes(spec: AttentionSpec, inputs: tuple[Input, ...]) -> dict[str, An
         "step_loads": [input_holes(x) for x in scoring if x.per_tile],
         "early_loads": [input_holes(x) for x in inputs if not x.per_tile and x.role != "sink"],
         "reference_steps": reference_steps(spec.scores, inputs),
-        "positions": any(isinstance(s, Pointwise) and reads_positions(s) for s in spec.scores),
+        "positions": any(isinstance(s, Pointwise) and reads_positions(s) for s in spec.scores)
+        or bool(spec.dropout),
         "places": places(spec),
     }
 
 
 def places(spec: AttentionSpec) -> dict[str, str]:
-    """Return which of batch entry and head scores or mask read: the name in a tile, and in a program."""
+    """Return which of batch entry and head are read in a tile: the name there, and in a program."""
     read = {n for s in spec.scores if isinstance(s, Pointwise) for n in names(s.term)}
     for atom in atoms(spec.mask):
         if isinstance(atom, Formula):
             read |= set(positions(atom.value))
+    read |= set("bh" if spec.dropout else "")
     return {x: n for n, x in (("b", "batch"), ("h", "head")) if n in read}
 
 
@@ -255,7 +262,7 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: boo
     )
     given = [f"{state}, {queries}, first, n,", f"{keys}, k_n, k_d, {values}, v_n, v_d,"]
     extra = [t for x in inputs if x.role != "sink" for t in tile_terms(x)]
-    extra += places(spec)
+    extra += [*places(spec), *seeds(spec)]
     given += [_row(extra)] if extra else []
     given.append("sq, sk,")
 
@@ -388,6 +395,7 @@ def argument_types(spec: AttentionSpec, layout: Layout = DENSE) -> tuple[dict[st
     types |= {"v_ptr": f"*{_TYPES[spec.v.dtype]}"}
     types |= {f"{x.name}_ptr": f"*{_TYPES[x.operand.dtype]}" for x in inputs}
     types |= {f"{name}_ptr": "*i32" for name in layout.lists}
+    types |= {f"{name}_ptr": "*i64" for name in seeds(spec)}
     strides = [*layout.strides(), *(x.strides() for x in inputs)]
     ones = {x[-1]: 1 for x in strides if x}
     numbers = [s for x in strides for s in x if s not in ones]

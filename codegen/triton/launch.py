@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from attnc import logs
 from attnc.block_list import BlockList
 from attnc.codegen.caches import execute_paged
+from attnc.codegen.dropout import check_seed
 from attnc.codegen.operators import is_recorded
 from attnc.codegen.ops import execute, gradients
 from attnc.codegen.tangents import Results, tangent
@@ -46,19 +47,30 @@ FEW, LONG = 16, 512
 
 
 def run(
-    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor] = ()
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor] = (),
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (out, lse) as ``attnc::attend`` does, from the emitted kernel where it can serve this call.
 
     Raises:
+        UnsupportedError: the spec has dropout, and the call no seed.
         ValueError: shapes do not fit the spec.
         CodegenError: the emitted file does not import.
     """
     spec = _sized(spec, q, v)
     kernel = launcher(spec, place_of(q, k), _kind(spec, kind_for(q, k)))
     if kernel is None or not _fits(spec, q, k, v) or k.shape[2] == 0:
-        return execute(spec, q, k, v, captured)
-    return kernel(q, k, v, *captured)
+        return execute(spec, q, k, v, captured, seed=seed)
+    return kernel(q, k, v, *captured, *_seeds(spec, seed))
+
+
+def _seeds(spec: AttentionSpec, seed: Tensor | None) -> list[Tensor]:
+    """Return the seed as launchers take it, if the spec has dropout."""
+    return [check_seed(seed, spec.dropout).reshape(1)] if spec.dropout else []
 
 
 def run_blocks(
@@ -273,12 +285,14 @@ def run_backward(
     dout: Tensor | None,
     dlse: Tensor | None,
     needs: Sequence[bool],
+    seed: Tensor | None = None,
 ) -> list[Tensor]:
     """Return gradients as ``attnc::attend_backward`` does, from emitted kernels where they serve this call.
 
     ``out`` and ``lse`` are what the forward gave, None if nobody kept them: then plain torch runs.
 
     Raises:
+        UnsupportedError: the spec has dropout, and the call no seed.
         ValueError: shapes do not fit the spec.
         CodegenError: the emitted file does not import.
     """
@@ -286,10 +300,10 @@ def run_backward(
         spec = spec.with_head_sizes(q.shape[3], v.shape[3])
     kernels = backward_launcher(spec, place_of(q, k))
     if kernels is None or out is None or lse is None or not _fits(spec, q, k, v):
-        return gradients(spec, q, k, v, captured, dout, dlse, needs)
+        return gradients(spec, q, k, v, captured, dout, dlse, needs, seed)
     if dout is None:
         dout = out.new_zeros(()).expand_as(out)
-    found = kernels(q, k, v, *captured, out, lse, dout, dlse, needs)
+    found = kernels(q, k, v, *captured, *_seeds(spec, seed), out, lse, dout, dlse, needs)
     return [g for g in found if g is not None]
 
 
@@ -306,6 +320,7 @@ def run_tangent(
     v: Tensor,
     captured: Sequence[Tensor],
     tangents: Sequence[Tensor | None],
+    seed: Tensor | None = None,
 ) -> Results:
     """Return results and tangents as ``attnc::attend_tangent`` does, from the emitted kernel where it serves.
 
@@ -316,7 +331,7 @@ def run_tangent(
     spec = _sized(spec, q, v)
     kernel = tangent_launcher(spec)
     if kernel is None or not _fits(spec, q, k, v) or k.shape[2] == 0:
-        return tangent(spec, q, k, v, captured, tangents)
+        return tangent(spec, q, k, v, captured, tangents, seed)
     moved = [t for t, x in zip(tangents[3:], spec.captured, strict=True) if takes_tangent(spec, x)]
     return kernel(q, k, v, *captured, *tangents[:3], *moved)
 

@@ -26,6 +26,7 @@ from attnc.codegen.forward_mode import attend_autograd
 from attnc.codegen.operators import Below, differentiate
 from attnc.codegen.ops import attend_vmap, execute
 from attnc.codegen.triton.configs import SHARED_LIMIT
+from attnc.codegen.triton.draws import seeds
 from attnc.codegen.triton.emit import can_run, emit, kind_of, spec_of
 from attnc.codegen.triton.kinds import KINDS
 from attnc.codegen.triton.launch import run as run_kernel
@@ -45,9 +46,9 @@ Operator = Callable[..., tuple[Tensor, Tensor]]
 def triton_op_for(spec: AttentionSpec, arch: str | None = None) -> Operator:
     """Return the operator of a spec's kernel: ``(q, k, v, *captured) -> (out, lse)``, layouts as ``attend``.
 
-    It is registered once per kernel and architecture.  ``arch`` (``sm_90``) is what traced launches are
-    written for; None asks the GPU of the tensors, and there has to be one.  Derivatives
-    are those of ``attend``, and so are calls under ``torch.vmap``.
+    With dropout it takes the seed last.  It is registered once per kernel and architecture.  ``arch``
+    (``sm_90``) is what traced launches are written for; None asks the GPU of the tensors, and there has to be
+    one.  Derivatives are those of ``attend``, and so are calls under ``torch.vmap``.
 
     Raises:
         UnsupportedError: no kernel can serve the spec.
@@ -72,12 +73,12 @@ def replace_attends(graph: fx.Graph, arch: str | None = None) -> dict[str, int]:
     for node in graph.nodes:
         if node.op != "call_function" or node.target is not attend:
             continue
-        q, k, v, captured, text = node.args
+        q, k, v, captured, text, *seed = node.args
         spec = _with_numbers(parse(str(text)), q, v)
         why = _unfit(spec, (q, k, v))
         if why is None:
             operator: Any = triton_op_for(spec, arch)
-            node.target, node.args = operator._opoverload, (q, k, v, *captured)
+            node.target, node.args = operator._opoverload, (q, k, v, *captured, *seed[: len(seeds(spec))])
         else:
             log.warning("%s stays attnc::attend: %s", node.name, why)
         counts["attend" if why else "triton"] += 1
@@ -110,25 +111,32 @@ def _registered(kernel: Kernel, arch: str | None) -> Operator:
     entry = getattr(traced, f"{kernel.name}_kernel").kernel
 
     def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v, *captured = tensors
+        q, k, v, *rest = tensors
+        captured, seed = _parted(spec, rest)
         if q.device.type == "cpu":
-            return execute(spec, q, k, v, captured)
+            return execute(spec, q, k, v, captured, seed=seed)
         if _is_real(q):
-            return run_kernel(spec, q, k, v, captured)
+            return run_kernel(spec, q, k, v, captured, seed)
         wrap_triton(entry)  # by this line torch knows whose kernels an operator starts
         found: tuple[Tensor, Tensor] = traced.attend(*tensors)
         return found
 
-    names = ("q", "k", "v", *(o.name for o in spec.captured))
+    names = ("q", "k", "v", *(o.name for o in spec.captured), *seeds(spec))
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind, annotation=Tensor) for name in names]
     run.__signature__ = inspect.Signature(parameters, return_annotation=tuple[Tensor, Tensor])  # type: ignore[attr-defined]
     name = f"attnc::attend_{kernel.key}{f'_{arch}' if arch else ''}"
     operator: Any = triton_op(name, run, mutates_args=())
     operator.register_fake(_fake_of(spec))
-    differentiate(operator._opoverload, _derivatives(str(spec)))
-    operator.register_vmap(_mapped(str(spec)))
+    differentiate(operator._opoverload, _derivatives(spec))
+    operator.register_vmap(_mapped(spec))
     return operator  # type: ignore[no-any-return]
+
+
+def _parted(spec: AttentionSpec, rest: Sequence[Any]) -> tuple[list[Any], Any]:
+    """Return what belongs to captured tensors, and what to the seed, None without dropout."""
+    count = len(spec.captured)
+    return list(rest[:count]), rest[count] if spec.dropout else None
 
 
 def _is_real(x: Tensor) -> bool:
@@ -140,7 +148,7 @@ def _fake_of(spec: AttentionSpec) -> Operator:
     """Return the rule by which the outputs of an operator are known without data."""
     sizes = (spec.q.shape[3], spec.k.shape[3], spec.v.shape[3])
 
-    def fake(q: Tensor, k: Tensor, v: Tensor, *captured: Tensor) -> tuple[Tensor, Tensor]:
+    def fake(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
         if (q.shape[3], k.shape[3], v.shape[3]) != sizes or q.shape[1] != k.shape[1] * spec.group_size:
             found = [list(x.shape) for x in (q, k, v)]
             raise ValueError(f"expected the heads and head sizes of {spec}, found q, k, v {found}")
@@ -149,26 +157,33 @@ def _fake_of(spec: AttentionSpec) -> Operator:
     return fake
 
 
-def _derivatives(text: str) -> Operator:
+def _derivatives(spec: AttentionSpec) -> Operator:
     """Return what Autograd calls in place of an operator: derivatives are those of ``attend``."""
+    text = str(spec)
 
     def autograd(below: Below, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v, *captured = tensors
+        q, k, v, *rest = tensors
+        captured, seed = _parted(spec, rest)
 
-        def run(q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], spec: str) -> Any:
-            return below(q, k, v, *captured)
+        def run(
+            q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], text: str, seed: Tensor | None
+        ) -> Any:
+            return below(q, k, v, *captured, *([] if seed is None else [seed]))
 
-        return attend_autograd(run, q, k, v, captured, text)
+        return attend_autograd(run, q, k, v, captured, text, seed)
 
     return autograd
 
 
-def _mapped(text: str) -> Callable[..., tuple[tuple[Tensor, Tensor], tuple[int, int]]]:
+def _mapped(spec: AttentionSpec) -> Callable[..., tuple[tuple[Tensor, Tensor], tuple[int, int]]]:
+    text = str(spec)
+
     def rule(
         info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        dims = (*in_dims[:3], list(in_dims[3:]), None)
-        return attend_vmap(info, dims, *tensors[:3], list(tensors[3:]), text)
+        captured, seed = _parted(spec, tensors[3:])
+        dims, seed_dim = _parted(spec, in_dims[3:])
+        return attend_vmap(info, (*in_dims[:3], dims, None, seed_dim), *tensors[:3], captured, text, seed)
 
     return rule
 

@@ -73,9 +73,10 @@ def tune(
 ) -> Tuning:
     """Find the fastest tiles for calls like ``given``, and keep them for this and later processes.
 
-    ``given`` are tensors as ``torch.ops.attnc.attend`` takes them (q, k, v, then the captured ones), or
-    lengths to draw such tensors for.  ``budget`` is in seconds, compilation included: what is not tried by
-    then is left out.  ``clock`` times a call, by default with the GPU's own events.
+    ``given`` are tensors as ``torch.ops.attnc.attend`` takes them (q, k, v, then the captured ones, then the
+    seed of a spec with dropout), or lengths to draw such tensors for.  ``budget`` is in seconds, compilation
+    included: what is not tried by then is left out.  ``clock`` times a call, by default with the GPU's own
+    events.
 
     Raises:
         UnsupportedError: no kernel can serve the spec, kernels of this kind take more than the tensors of a

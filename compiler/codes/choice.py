@@ -191,8 +191,9 @@ KERNELS = (
     ),
     Code(
         "triton-dropout",
-        "Call .eval(), or set the attention dropout to 0.",
-        "The Triton kernel has no dropout.",
+        "Call .eval(), or use a rate below 1.",
+        "Forward and backward kernels drop weights, from a seed that the call brings. Those of a cache, of "
+        "lists of blocks, of packed sequences and of forward mode do not.",
     ),
     Code(
         "triton-score-step",

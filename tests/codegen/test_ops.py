@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 
+from attnc.codegen.dropout import keep
+from attnc.codegen.lower import lower
 from attnc.codegen.ops import execute
 from attnc.errors import UnsupportedError
 from attnc.ir import (
@@ -27,6 +29,7 @@ from attnc.masks import CAUSAL, Band, Dense, Full, Mask, Padding, both
 
 B, H, HKV, SQ, SK, D, DV = 2, 4, 2, 5, 7, 8, 6
 MIN = torch.finfo(torch.float32).min
+SEED = torch.tensor([2**40 + 11])
 
 
 SCALED = (Scale(0.35),)
@@ -256,9 +259,145 @@ def test_exported_program_keeps_the_op_and_its_dynamic_sizes() -> None:
     torch.testing.assert_close(program.module()(q, k, v), op(spec, q, k, v, [])[0], equal_nan=True)
 
 
-def test_dropout_is_refused() -> None:
+def dropping(name: str) -> AttentionSpec:
+    return dataclasses.replace(CASES[name], dropout=0.3)
+
+
+def dropped(spec: AttentionSpec, q, k, v, captured, seed: torch.Tensor = SEED):
+    """Return (out, lse) by plain torch that autograd knows: the weights are what the identity gets."""
+    whole = dataclasses.replace(spec, dropout=0.0)
+    eye = torch.eye(k.shape[2], dtype=v.dtype).expand(*k.shape[:3], k.shape[2])
+    weights, lse = whole(q, k, eye, tuple(captured))
+    kept = keep(seed, spec.dropout, weights.shape).to(weights.dtype) / (1 - spec.dropout)
+    return weights * kept @ v.repeat_interleave(spec.group_size, 1), lse
+
+
+def op_with(seed: torch.Tensor):
+    return lambda spec, q, k, v, c: torch.ops.attnc.attend(q, k, v, c, str(spec), seed)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_dropout_drops_weights_and_their_gradients(name: str) -> None:
+    spec = dropping(name)
+    runs = []
+    for run in (op_with(SEED), dropped):
+        q, k, v, captured = draw(spec, grad=True)
+        captured = [c | True if c.dtype == torch.bool else c for c in captured]
+        out, lse = run(spec, q, k, v, captured)
+        weight = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view_as(out)
+        ((out * weight).sum() + (lse * weight[..., 0]).sum()).backward()
+        runs.append([out, lse, *(x.grad for x in (q, k, v, *captured) if x.dtype != torch.bool)])
+    for got, want in zip(*runs, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11, equal_nan=True)
+    assert not torch.equal(runs[0][0], CASES[name](q, k, v, tuple(captured))[0])
+
+
+@pytest.mark.parametrize("name", ["causal", "softcap-bias", "sink", "normalized", "signed"])
+def test_dropout_in_every_mode_is_that_of_plain_torch(name: str) -> None:
+    spec = dropping(name)
+    q, k, v, captured = draw(spec, b=1, sq=2, sk=3)
+    captured = [c[:, :, :2, :3] if c.dim() == 4 else c for c in captured]
+    x = (q, k, v, *captured)
+    t = tuple(torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=y.dtype) for y in x)
+
+    def tangents(run, *x):
+        (out, lse), (tout, tlse) = torch.func.jvp(lambda *x: run(spec, *x[:3], list(x[3:])), x, t)
+        return torch.cat([y.flatten() for y in (out, lse, tout, tlse)])
+
+    def gradients(run, *x):
+        out, lse = run(spec, *x[:3], list(x[3:]))
+        loss = (out.square().sum() + lse.square().sum()).sin()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, x, create_graph=True)])
+
+    for f in (tangents, gradients):
+        results = []
+        for run in (op_with(SEED), dropped):
+            leaves = tuple(y.detach().requires_grad_() for y in x)
+            found = f(run, *leaves)
+            second = torch.autograd.grad(found.square().sum(), leaves)
+            results.append([found, *second])
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+def test_dropout_is_a_function_of_its_seed() -> None:
+    spec = dropping("plain")
+    given = draw(spec)
+    first, again, other = (op_with(torch.tensor([s]))(spec, *given)[0] for s in (4, 4, 5))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_opcheck_with_a_seed() -> None:
+    spec = dropping("softcap-bias")
+    for grad in (False, True):
+        q, k, v, captured = draw(spec, grad=grad)
+        torch.library.opcheck(torch.ops.attnc.attend.default, (q, k, v, captured, str(spec), SEED))
+    q, k, v, captured = draw(spec)
+    out, lse = op_with(SEED)(spec, q, k, v, captured)
+    args = (out, lse, q, k, v, captured, out, lse, str(spec), [True, False, True, True], SEED)
+    torch.library.opcheck(torch.ops.attnc.attend_backward.default, args)
+    given = (q, k, v, captured, [q, v], [True, False, True, False], str(spec))
+    torch.library.opcheck(torch.ops.attnc.attend_tangent.default, (*given, SEED))
+    results = torch.ops.attnc.attend_tangent(*given, SEED)
+    args = (*results, *given[:-1], *results, str(spec), [True] * 8, SEED)
+    torch.library.opcheck(torch.ops.attnc.attend_tangent_backward.default, args)
+
+
+def test_vmap_with_dropout_equals_a_loop() -> None:
+    spec = dropping("padding")
+    drawn = [draw(spec, seed=s) for s in range(3)]
+    q, k, v = (torch.stack([d[i] for d in drawn]) for i in range(3))
+    pad = torch.stack([d[3][0] for d in drawn])
+    seeds = torch.arange(3)
+    got = torch.vmap(lambda s, q, k, v, p: op_with(s)(spec, q, k, v, [p]))(seeds, q, k, v, pad)
+    shared = torch.vmap(lambda q, k, v, p: op_with(SEED)(spec, q, k, v, [p]))(q, k, v, pad)
+    for i, d in enumerate(drawn):
+        for g, w in zip(got, op_with(seeds[i])(spec, *d), strict=True):
+            torch.testing.assert_close(g[i], w, rtol=1e-13, atol=1e-13)
+        for g, w in zip(shared, op_with(SEED)(spec, *d), strict=True):
+            torch.testing.assert_close(g[i], w, rtol=1e-13, atol=1e-13)
+    # and so are gradients per example
+    grad = torch.func.grad(lambda q, s, k, v, p: op_with(s)(spec, q, k, v, [p])[0].square().sum())
+    found = torch.vmap(grad)(q, seeds, k, v, pad)
+    for i in range(3):
+        torch.testing.assert_close(found[i], grad(q[i], seeds[i], k[i], v[i], pad[i]), rtol=1e-12, atol=1e-12)
+
+
+def test_a_compiled_program_draws_what_eager_does() -> None:
+    spec = dropping("causal")
+    q, k, v, _ = draw(spec, grad=True)
+    text = str(spec)
+
+    def loss(q, k, v, seed):
+        return torch.ops.attnc.attend(q, k, v, [], text, seed)[0].square().sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for seed in (SEED, SEED + 1):
+        found, want = (torch.autograd.grad(f(q, k, v, seed), (q, k, v)) for f in (compiled, loss))
+        torch.testing.assert_close(found, want, rtol=1e-13, atol=1e-13)
+
+
+def test_an_exported_site_with_dropout_stays_an_operator_when_it_is_lowered() -> None:
+    text = str(make_spec(torch.float32, dropout=0.3, mask=CAUSAL))
+
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v, seed):
+            return torch.ops.attnc.attend(q, k, v, [], text, seed)[0]
+
+    tensors = tuple(x.float() for x in draw(make_spec(), sq=6)[:3])
+    program = torch.export.export(Model(), (*tensors, SEED), strict=False)
+    want = program.module()(*tensors, SEED + 1)
+    for portable in (False, True):
+        assert lower(program.graph, portable)[0] == {"attend": 1}
+    program.graph_module.recompile()
+    assert torch.equal(program.module()(*tensors, SEED + 1), want)
+    assert not torch.equal(want, program.module()(*tensors, SEED))
+
+
+def test_dropout_without_a_seed_is_refused() -> None:
     spec = make_spec(dropout=0.1)
-    with pytest.raises(UnsupportedError, match=r"expected dropout 0, found 0\.1"):
+    with pytest.raises(UnsupportedError, match=r"expected a seed for the rate 0\.1, found none"):
         op(spec, *draw(spec))
 
 

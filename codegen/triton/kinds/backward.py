@@ -45,6 +45,7 @@ KIND = Kind(
     programs=PROGRAMS,
     norms=NORMS,
     places="qkhb",
+    dropout=True,
     more=more_programs,
     types=types_of,
 )

@@ -34,5 +34,6 @@ KIND = Kind(
     norms=(Softmax, SignedSoftmax, RoundedSoftmax, Elementwise, Normalized),
     places="qkhb",
     mixed=True,
+    dropout=True,
     bench=(TOKENS, TOKENS),
 )

@@ -44,7 +44,8 @@ class Kind:
     the value of each hole; ``obstacles`` yields what stands against it beside what no kernel can do, for a
     spec and the node to blame.  ``norms`` are the normalizers whose weights it computes, and ``places`` the
     positions that its expressions and masks may compute with (``head`` and ``batch`` in its tile).  ``mixed``
-    says that values may be in half precision beside queries and keys in fp32.  ``bench`` gives the queries
+    says that values may be in half precision beside queries and keys in fp32, ``dropout`` that weights may be
+    dropped.  ``bench`` gives the queries
     and keys with which a file times itself, None where it does not.  ``types`` names what its kernels take.
     ``more`` are programs that only some specs have.
     """
@@ -58,6 +59,7 @@ class Kind:
     norms: tuple[type, ...] = (Softmax, SignedSoftmax, Elementwise)
     places: str = "qk"
     mixed: bool = False
+    dropout: bool = False
     bench: tuple[int, int] | None = None
     types: Callable[[AttentionSpec], Types] = argument_types
     more: Callable[[AttentionSpec], tuple[Program, ...]] = lambda spec: ()
