@@ -73,12 +73,13 @@ VARIANTS = {
     "alibi": f"bias(alibi) {CAUSAL} with alibi=bhqk[1,h,1,t]:float32",
     "softcap": f"softcap(50.0) {CAUSAL}",
     "bias": "bias(rel) mask=none softmax with rel=bhqk[1,h,s,t]:{dtype}",
+    "dropout": f"{CAUSAL} dropout(0.1)",
     "sinks": "mask=causal fill(replace,-inf) softmax(sink=logits) with logits=h[h]:{dtype}",
 }
 """What models add to ``softmax(q @ k^T) @ v``; ``grouped`` has eight query heads per key head, others one."""
 SAMPLE = (
     ("bfloat16", ("128",), tuple(VARIANTS)),
-    ("bfloat16", ("64",), ("full", "causal", "window", "bias", "sinks")),
+    ("bfloat16", ("64",), ("full", "causal", "window", "bias", "sinks", "dropout")),
     ("bfloat16", ("80",), ("full", "causal")),
     ("bfloat16", ("96",), ("causal", "window")),
     ("bfloat16", ("192x128",), ("causal", "padded")),
@@ -99,6 +100,8 @@ EVERY_KIND = (
     "window_bf16_128",
     "documents_bf16_128",
     "bias_bf16_128",
+    "dropout_bf16_64",
+    "dropout_bf16_128",
     "causal_bf16_192x128",
     "causal_bf16_256",
     "causal_fp32_64",

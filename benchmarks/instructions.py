@@ -40,8 +40,7 @@ from gate import variant
 from machine import about
 
 from attnc.codegen.triton import emit
-from attnc.codegen.triton.aot import compile_for, count_instructions, disassemble, usage
-from attnc.codegen.triton.kinds import KINDS
+from attnc.codegen.triton.aot import compile_for, count_instructions, disassemble, programs, usage
 from attnc.codegen.triton.loops import Loop, inner_loops, products
 from attnc.codegen.triton.store import load
 
@@ -82,16 +81,15 @@ def ours(name: str, head: int, target: str) -> Iterator[Row]:
     """Yield a row for each way in which the emitted kernel is compiled for ``target``."""
     kernel = emit(variant(name, "bfloat16", str(head)), name="attention")
     module = load(kernel)
-    for program in KINDS["forward"].programs:
-        if target in program.targets:
-            sizes = getattr(module, program.configs)[target]
-            tiles = dict(zip(("block_m", "block_n", "warps", "stages"), sizes, strict=True))
-            compiled = compile_for(kernel, module, target, program)
-            yield {
-                "contender": ", ".join(filter(None, ("attnc", program.variant))),
-                **tiles,
-                **measured(compiled, tiles, head),
-            }
+    for _, program in programs(kernel, (target,)):
+        sizes = getattr(module, program.configs)[target]
+        tiles = dict(zip(("block_m", "block_n", "warps", "stages"), sizes, strict=True))
+        compiled = compile_for(kernel, module, target, program)
+        yield {
+            "contender": ", ".join(filter(None, ("attnc", program.variant))),
+            **tiles,
+            **measured(compiled, tiles, head),
+        }
 
 
 def flex(name: str, head: int, target: str) -> Iterator[Row]:

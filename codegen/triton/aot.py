@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from attnc.codegen.triton.configs import SHARED_LIMIT
+from attnc.codegen.triton.configs import SHARED_LIMIT, descriptor_arches
 from attnc.codegen.triton.emit import kind_of, spec_of
 from attnc.codegen.triton.kinds import KINDS, TARGETS, Program
 from attnc.codegen.triton.loops import inner_loops
@@ -55,9 +55,15 @@ def report_rows(kernel: Kernel, targets: tuple[str, ...] = TARGETS) -> list[dict
         CodegenError: triton is not installed, or it was imported in interpreter mode.
     """
     module = _jit_module(kernel)
-    kind = KINDS[kind_of(kernel.source)]
-    programs = (*kind.programs, *kind.more(spec_of(kernel.source)))
-    return [_row(kernel, module, t, p) for t in targets for p in programs if t in p.targets]
+    return [_row(kernel, module, target, program) for target, program in programs(kernel, targets)]
+
+
+def programs(kernel: Kernel, targets: tuple[str, ...] = TARGETS) -> list[tuple[str, Program]]:
+    """Return the ways in which the launcher of an emitted file may compile its kernels, per target."""
+    kind, spec = KINDS[kind_of(kernel.source)], spec_of(kernel.source)
+    found = [(t, p) for t in targets for p in (*kind.programs, *kind.more(spec)) if t in p.targets]
+    described = descriptor_arches(spec)
+    return [(t, p) for t, p in found if t in described or not p.constants.get("DESCRIPTORS")]
 
 
 def _jit_module(kernel: Kernel) -> ModuleType:

@@ -122,6 +122,16 @@ def choose(spec: AttentionSpec, *, descriptors: bool = True, lookup: bool = Fals
     return {**table, "interpreter": INTERPRETER}
 
 
+def descriptor_arches(spec: AttentionSpec) -> tuple[str, ...]:
+    """Return where a launcher loads keys and values by tensor descriptors, if these can read them.
+
+    In fp32 it is no gain, and with wide heads it takes more registers than there are: the products, which
+    tensor cores do not serve, read tiles that lie as TMA left them.
+    """
+    wide = spec.q.dtype == torch.float32 and max(head_sizes(spec)) > 64
+    return ("interpreter",) if wide else (*TMA, "interpreter")
+
+
 def head_sizes(spec: AttentionSpec) -> tuple[int, int]:
     """Return the head sizes of keys and of values as tiles have them; they must be numbers."""
     keys, values = head_parts(spec)

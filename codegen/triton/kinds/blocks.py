@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from attnc.codegen.triton.configs import TMA
+from attnc.codegen.triton.configs import TMA, descriptor_arches
 from attnc.codegen.triton.configs import choose as choose_for
 from attnc.codegen.triton.holes import argument_types, fill_holes
 from attnc.codegen.triton.kinds.kind import Configs, Kind, Program, Types
@@ -35,6 +35,7 @@ def _fill(spec: AttentionSpec, configs: Configs) -> dict[str, Any]:
     return {
         **fill_holes(spec, configs, descriptors=True, layout=LAYOUT),
         "pointer_configs": [(arch, str(pointers[arch])) for arch in TMA],
+        "descriptor_arches": descriptor_arches(spec),
         "grows": False,  # rows are started in the order that a call gives
         "lists": True,
         "given": ", ranges, columns, block, order",

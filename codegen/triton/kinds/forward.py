@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from attnc.codegen.triton.bench import TOKENS
-from attnc.codegen.triton.configs import TMA, choose
+from attnc.codegen.triton.configs import TMA, choose, descriptor_arches
 from attnc.codegen.triton.holes import fill_holes
 from attnc.codegen.triton.kinds.kind import Configs, Kind, Program
 from attnc.ir import AttentionSpec, Elementwise, Normalized, RoundedSoftmax, SignedSoftmax, Softmax
@@ -18,6 +18,7 @@ def _fill(spec: AttentionSpec, configs: Configs) -> dict[str, Any]:
     return {
         **fill_holes(spec, configs, descriptors=True),
         "pointer_configs": [(arch, str(pointers[arch])) for arch in TMA],
+        "descriptor_arches": descriptor_arches(spec),
     }
 
 

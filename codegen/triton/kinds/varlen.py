@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from attnc.codegen.triton.configs import TMA
+from attnc.codegen.triton.configs import TMA, descriptor_arches
 from attnc.codegen.triton.configs import choose as choose_for
 from attnc.codegen.triton.holes import argument_types, fill_holes
 from attnc.codegen.triton.inputs import name_inputs
@@ -57,6 +57,7 @@ def _fill(spec: AttentionSpec, configs: Configs) -> dict[str, Any]:
         **fill_holes(spec, configs, descriptors=True, layout=PACKED),
         **packed_holes(spec),
         "pointer_configs": [(arch, str(pointers[arch])) for arch in TMA],
+        "descriptor_arches": descriptor_arches(spec),
         "grows": False,  # a program takes one tile
         "tile": f"{'tiles - 1 - ' if grows(spec.mask) else ''}tl.program_id(0) % tiles",
         "height": "tl.maximum(sk, 1)",  # a descriptor of nothing would not be one
