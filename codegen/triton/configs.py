@@ -193,11 +193,18 @@ def choose_keys(spec: AttentionSpec) -> dict[str, Config]:
 
 
 _PAIRS = {
-    64: {"sm_80": Config(128, 32, 8, 2), "sm_86": Config(128, 32, 8, 2)},
+    64: {"sm_80": Config(128, 32, 8, 2), "sm_86": Config(128, 32, 8, 2), "sm_100": Config(128, 32, 8, 3)},
     128: {"sm_80": Config(64, 32, 8, 2), "sm_86": Config(64, 32, 8, 2), "sm_100": Config(128, 32, 8, 3)},
 }
 """Of backward programs that hold queries, where a value is loaded for every pair of query and key."""
 _HELD = {
+    32: {
+        "sm_80": Config(32, 128, 8, 2),
+        "sm_86": Config(32, 128, 8, 2),
+        "sm_90": Config(32, 128, 8, 2),
+        "sm_100": Config(32, 128, 8, 2),
+        "gfx942": Config(32, 64, 4, 2),
+    },
     64: {
         "sm_80": Config(32, 128, 8, 2),
         "sm_86": Config(32, 128, 8, 2),
@@ -206,10 +213,10 @@ _HELD = {
         "gfx942": Config(32, 64, 4, 2),
     },
     128: {
-        "sm_80": Config(64, 64, 8, 2),
-        "sm_86": Config(64, 64, 8, 2),
+        "sm_80": Config(32, 64, 8, 2),
+        "sm_86": Config(32, 64, 8, 2),
         "sm_90": Config(32, 64, 8, 2),
-        "sm_100": Config(32, 128, 8, 2),
+        "sm_100": Config(32, 64, 8, 2),
         "gfx942": Config(32, 32, 4, 1),
     },
     256: {
@@ -219,12 +226,16 @@ _HELD = {
         "sm_100": Config(32, 32, 8, 1),
         "gfx942": Config(16, 32, 8, 1),
     },
-    576: dict.fromkeys(SHARED_LIMIT, Config(16, 16, 4, 1)),
+    576: {**dict.fromkeys(SHARED_LIMIT, Config(16, 16, 8, 1)), "gfx942": Config(16, 16, 4, 1)},
 }
-"""Of programs that hold keys: two sums of their own size to carry, and two tensors to load per tile."""
+"""Of programs that hold keys: two sums of their own size to carry, and two tensors to load per tile.
+
+None spills in halves with head sizes 64 and 128.  Heads in parts (80) do beside a bias of pairs, and programs
+that hold queries do with heads wider than 256, as in the forward.
+"""
 _HELD_PAIRS = {
     64: {"sm_80": Config(32, 32, 4, 2), "sm_86": Config(32, 32, 4, 2)},
-    128: {"sm_80": Config(32, 64, 8, 2), "sm_86": Config(32, 64, 8, 2), "sm_90": Config(64, 32, 8, 2)},
+    128: {"sm_90": Config(64, 32, 8, 2), "sm_100": Config(32, 128, 8, 2)},
 }
 """Likewise, where a value is loaded for every pair of query and key."""
 _HELD_FLOAT = {64: Config(16, 16, 4, 1), 128: Config(16, 16, 8, 1), 576: Config(16, 16, 8, 1)}
@@ -237,8 +248,10 @@ def choose_packed_backward(spec: AttentionSpec) -> dict[str, Config]:
     if spec.q.dtype == torch.float32:
         return table
     size = min(n for n in _HELD if n >= max(head_sizes(spec)))
-    pairs = _PAIRS.get(size, {}) if _loads_tiles(spec) else {}
-    return {**table, **({"sm_100": Config(128, 64, 8, 3)} if size == 64 else {}), **pairs}
+    more = {"sm_100": Config(128, 64, 8, 3)} if size == 64 else {}
+    if size == 256 and len(head_parts(spec)[0]) > 1:
+        more = dict.fromkeys(("sm_80", "sm_86"), Config(32, 32, 8, 2))
+    return {**table, **more, **(_PAIRS.get(size, {}) if _loads_tiles(spec) else {})}
 
 
 def choose_packed_keys(spec: AttentionSpec) -> dict[str, Config]:
