@@ -200,7 +200,7 @@ def shared_bytes(spec: AttentionSpec, arch: str, config: Config) -> int:
 
 
 _PAIRS = {
-    64: {"sm_80": Config(128, 32, 8, 2), "sm_86": Config(128, 32, 8, 2)},
+    64: {"sm_80": Config(128, 32, 8, 2), "sm_86": Config(128, 32, 8, 2), "sm_100": Config(128, 32, 8, 3)},
     128: {
         "sm_80": Config(64, 32, 8, 2),
         "sm_86": Config(64, 32, 8, 2),
@@ -213,6 +213,13 @@ _PAIRS = {
 A program per tile of a captured tensor's gradient has them too, which loads four tensors in a turn.
 """
 _HELD = {
+    32: {
+        "sm_80": Config(32, 128, 8, 2),
+        "sm_86": Config(32, 128, 8, 2),
+        "sm_90": Config(32, 128, 8, 2),
+        "sm_100": Config(32, 128, 8, 2),
+        "gfx942": Config(32, 64, 4, 2),
+    },
     64: {
         "sm_80": Config(32, 128, 8, 2),
         "sm_86": Config(32, 128, 8, 2),
@@ -221,10 +228,10 @@ _HELD = {
         "gfx942": Config(32, 64, 4, 2),
     },
     128: {
-        "sm_80": Config(64, 64, 8, 2),
-        "sm_86": Config(64, 64, 8, 2),
+        "sm_80": Config(32, 64, 8, 2),
+        "sm_86": Config(32, 64, 8, 2),
         "sm_90": Config(32, 64, 8, 2),
-        "sm_100": Config(32, 128, 8, 2),
+        "sm_100": Config(32, 64, 8, 2),
         "gfx942": Config(32, 32, 4, 1),
     },
     256: {
@@ -234,17 +241,23 @@ _HELD = {
         "sm_100": Config(32, 32, 8, 1),
         "gfx942": Config(16, 32, 8, 1),
     },
-    576: dict.fromkeys(SHARED_LIMIT, Config(16, 16, 4, 1)),
+    576: {**dict.fromkeys(SHARED_LIMIT, Config(16, 16, 8, 1)), "gfx942": Config(16, 16, 4, 1)},
 }
-"""Of programs that hold keys: two sums of their own size to carry, and two tensors to load per tile."""
+"""Of programs that hold keys: two sums of their own size to carry, and two tensors to load per tile.
+
+None spills in halves with head sizes 64 and 128.  Heads in parts (80) do beside a bias of pairs, and programs
+that hold queries do with heads wider than 256, as in the forward.
+"""
 _HELD_PAIRS = {
     64: {"sm_80": Config(32, 32, 4, 2), "sm_86": Config(32, 32, 4, 2)},
-    128: {"sm_80": Config(32, 64, 8, 2), "sm_86": Config(32, 64, 8, 2), "sm_90": Config(64, 32, 8, 2)},
+    128: {"sm_90": Config(64, 32, 8, 2), "sm_100": Config(32, 128, 8, 2)},
 }
 """Likewise, where a value is loaded for every pair of query and key."""
 _HELD_LIGHT = {
     64: {"sm_100": Config(64, 128, 8, 2), "gfx942": Config(32, 128, 4, 2)},
     128: {
+        "sm_80": Config(64, 64, 8, 2),
+        "sm_86": Config(64, 64, 8, 2),
         "sm_90": Config(32, 128, 8, 2),
         "sm_100": Config(64, 128, 8, 2),
         "gfx942": Config(32, 64, 4, 2),
@@ -261,6 +274,8 @@ def choose_backward(spec: AttentionSpec) -> dict[str, Config]:
     if spec.q.dtype != torch.float32:
         size = min(n for n in _HELD if n >= max(head_sizes(spec)))
         table |= {"sm_100": Config(128, 64, 8, 3)} if size == 64 else {}
+        if size == 256 and len(head_parts(spec)[0]) > 1:
+            table |= dict.fromkeys(("sm_80", "sm_86"), Config(32, 32, 8, 2))
         table |= _PAIRS.get(size, {}) if _loads_tiles(spec) else {}
     return {arch: _fewer(spec, arch, x) for arch, x in table.items()}
 

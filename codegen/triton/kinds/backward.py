@@ -18,8 +18,7 @@ from attnc.codegen.triton.layout import BACKWARD, Layout
 from attnc.ir import AttentionSpec, Elementwise, RoundedSoftmax, SignedSoftmax, Softmax
 
 
-def more_programs(spec: AttentionSpec) -> tuple[Program, ...]:
-    """Return the programs that only some specs have."""
+def _more(spec: AttentionSpec) -> tuple[Program, ...]:
     return tuple(Program(name) for name in extra_kernels(spec))
 
 
@@ -34,18 +33,15 @@ def types_of(spec: AttentionSpec, layout: Layout = BACKWARD) -> Types:
     return types, ones
 
 
-PROGRAMS = (Program("dq_kernel"), Program("dkdv_kernel", configs="KEYS_CONFIGS"))
-NORMS = (Softmax, SignedSoftmax, RoundedSoftmax, Elementwise)
-
 KIND = Kind(
     "backward",
     "bwd.py.j2",
     choose_backward,
     fill_holes,
-    programs=PROGRAMS,
-    norms=NORMS,
+    programs=(Program("dq_kernel"), Program("dkdv_kernel", configs="KEYS_CONFIGS")),
+    norms=(Softmax, SignedSoftmax, RoundedSoftmax, Elementwise),
     places="qkhb",
     dropout=True,
-    more=more_programs,
+    more=_more,
     types=types_of,
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 from attnc.codegen.triton.backward import fill_holes
 from attnc.codegen.triton.configs import choose_backward, choose_keys
-from attnc.codegen.triton.kinds.backward import NORMS, PROGRAMS, more_programs, types_of
+from attnc.codegen.triton.kinds import backward
 from attnc.codegen.triton.kinds.kind import Configs, Kind
 from attnc.codegen.triton.kinds.varlen import packed_holes
 from attnc.codegen.triton.layout import PACKED_BACKWARD
@@ -35,9 +35,9 @@ KIND = Kind(
     "varlen_bwd.py.j2",
     choose_backward,
     _fill,
-    programs=PROGRAMS,
-    norms=NORMS,
-    places="qkhb",
-    more=more_programs,
-    types=partial(types_of, layout=PACKED_BACKWARD),
+    programs=backward.KIND.programs,
+    norms=backward.KIND.norms,
+    places=backward.KIND.places,
+    more=backward.KIND.more,
+    types=partial(backward.types_of, layout=PACKED_BACKWARD),
 )
