@@ -308,8 +308,10 @@ def _fewer(spec: AttentionSpec, arch: str, config: Config, *, keys: bool = False
     narrow = max(head_sizes(spec)) <= 64
     if arch.startswith("gfx"):
         most = Config(64 if narrow else 32, 16, 4, 1) if keys else config
+    elif narrow and not keys:
+        most = Config(128, 32, 8, 3)
     else:
-        most = Config(128, 32, 8, 3) if narrow and not keys else Config(64, 32, 8, 2)
+        most = Config(32, 32, 4, 2) if arch in ("sm_80", "sm_86") and not keys else Config(64, 32, 8, 2)
     return Config(*map(min, astuple(config), astuple(most)))
 
 
