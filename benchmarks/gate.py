@@ -270,9 +270,16 @@ def main() -> None:
     version = result["versions"]["triton"]
     kept = [] if a.again else [r for r in before.values() if r["triton"] == version]
     start, rows = time.monotonic(), []
-    for row in measure_all(todo, kept, a.jobs):
-        rows.append(row)
-        _print(row, before.get(identity(row)))
+    try:
+        for row in measure_all(todo, kept, a.jobs):
+            rows.append(row)
+            _print(row, before.get(identity(row)))
+    finally:
+        if not a.only:  # where it is interrupted, the next run goes on from here
+            done = (
+                {row["case"] for row in rows} if len({row["case"] for row in rows}) < len(todo) else specs()
+            )
+            write([*rows, *(r for r in before.values() if r["triton"] != version or r["case"] not in done)])
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     result |= {
         "seconds": round(time.monotonic() - start),
@@ -287,7 +294,6 @@ def main() -> None:
     print(json.dumps(result))
     if a.only:
         return
-    write([*rows, *(r for r in before.values() if r["triton"] != version)])
     kept = json.loads(SUMMARY.read_text()) if SUMMARY.is_file() else {}
     SUMMARY.write_text(json.dumps(dict(sorted((kept | {version: result}).items())), indent=1) + "\n")
 

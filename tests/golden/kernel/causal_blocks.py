@@ -33,16 +33,16 @@ DTYPE = torch.float32
 GROUP = 2  # query heads per key/value head
 # (BLOCK_M queries, BLOCK_N keys, warps, stages) of one program
 CONFIGS = {
-    "sm_80": (64, 32, 4, 2),
-    "sm_86": (64, 32, 4, 2),
-    "sm_90": (64, 32, 4, 2),
-    "sm_100": (64, 32, 4, 2),
+    "sm_80": (64, 32, 8, 2),
+    "sm_86": (64, 32, 8, 2),
+    "sm_90": (64, 32, 8, 2),
+    "sm_100": (64, 32, 8, 2),
     "gfx942": (64, 32, 4, 2),
     "interpreter": (32, 32, 1, 1),
 }
 POINTERS = {  # where tensor descriptors cannot read k or v
-    "sm_90": (64, 32, 4, 2),
-    "sm_100": (64, 32, 4, 2),
+    "sm_90": (64, 32, 8, 2),
+    "sm_100": (64, 32, 8, 2),
 }
 DESCRIPTORS = ("sm_90", "sm_100", "interpreter")  # where TMA copies tiles of k and v, if they are aligned
 

@@ -5,7 +5,7 @@ kind    forward
 formula out = softmax(steps(q @ k^T)) @ v in one pass over the keys, with a running maximum and sum per query
 source  FlashAttention-2 (arXiv:2307.08691), algorithm 1; online softmax (arXiv:1805.02867)
 dropout 0.3 of the weights that multiply v, the same ones for the same seed: see _keeps
-key     12ae5be02a6c4c5d
+key     4025ccb378ba0e78
 
 Layouts: q [B, H, Sq, 32], k [B, Hkv, Sk, 32], v [B, Hkv, Sk, 32]; out [B, H, Sq, 32] in q's dtype,
 lse [B, H, Sq] in fp32, the natural logarithm of each row's sum of exponentials. Any strides.
@@ -30,8 +30,8 @@ DTYPE = torch.float16
 GROUP = 2  # query heads per key/value head
 # (BLOCK_M queries, BLOCK_N keys, warps, stages) of one program
 CONFIGS = {
-    "sm_80": (128, 64, 8, 3),
-    "sm_86": (128, 64, 8, 3),
+    "sm_80": (128, 64, 4, 3),
+    "sm_86": (128, 64, 4, 3),
     "sm_90": (128, 64, 8, 3),
     "sm_100": (128, 64, 8, 3),
     "gfx942": (128, 32, 4, 2),
