@@ -99,6 +99,7 @@ EVERY_KIND = (
     "grouped_bf16_128",
     "window_bf16_128",
     "documents_bf16_128",
+    "padded_bf16_128",
     "bias_bf16_128",
     "dropout_bf16_64",
     "dropout_bf16_128",

@@ -141,12 +141,10 @@ def head_sizes(spec: AttentionSpec) -> tuple[int, int]:
 def _pick(spec: AttentionSpec, arch: str, wide: int, descriptors: bool, lookup: bool) -> Config:
     size = min(n for n in _HALF if n >= wide)
     if spec.q.dtype == torch.float32:
-        config = (_FLOAT_AMD if arch.startswith("gfx") else _FLOAT)[size]
-        return (
-            replace(config, block_m=config.block_m // 2)
-            if (_loads_tiles(spec) or spec.dropout) and size == 32
-            else config
-        )
+        if arch.startswith("gfx"):
+            return _FLOAT_AMD[size]
+        halved = size == 32 and (_loads_tiles(spec) or spec.dropout)
+        return replace(_FLOAT[size], block_m=_FLOAT[size].block_m // 2) if halved else _FLOAT[size]
     elementwise = isinstance(spec.norm, Elementwise)
     if descriptors and arch in TMA and wide <= max(_TMA) and not elementwise:
         size = min(n for n in _TMA if n >= wide)
@@ -260,7 +258,6 @@ _HELD_LIGHT = {
         "sm_86": Config(64, 64, 8, 2),
         "sm_90": Config(32, 128, 8, 2),
         "sm_100": Config(64, 128, 8, 2),
-        "gfx942": Config(32, 64, 4, 2),
     },
 }
 """Likewise, without a mask or causal, with nothing else to load and no padded head size."""

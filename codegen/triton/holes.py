@@ -290,7 +290,9 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: boo
         "masked_tile": call(True),
         "loops": tiles.loops(spec.mask, fill, call),
         "floor": "" if floor is None else repr(floor),
-        "restart": tiles.loop("0", "sk", call(True), "tl.range({}, {}, {}, num_stages=1)"),
+        "restart": tiles.loop(
+            "0", "tl.where(again, sk, 0)", call(True), "tl.range({}, {}, {}, num_stages=1)"
+        ),
         "grows": tiles.grows(spec.mask),
         "turns": TURNS,
         "reference_keep": tiles.reference_keep(spec.mask, inputs) if masked else "",

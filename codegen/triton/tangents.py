@@ -262,7 +262,9 @@ def _visits(spec: AttentionSpec, inputs: tuple[Input, ...], moves: tuple[Input, 
             "BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,",
         ],
         "loops": tiles.loops(spec.mask, holes.visited(spec), call),
-        "restart": tiles.loop("0", "sk", call(True), "tl.range({}, {}, {}, num_stages=1)"),
+        "restart": tiles.loop(
+            "0", "tl.where(again, sk, 0)", call(True), "tl.range({}, {}, {}, num_stages=1)"
+        ),
         "tile": "tiles - 1 - tl.program_id(0) % tiles"
         if tiles.grows(spec.mask)
         else "tl.program_id(0) % tiles",
