@@ -273,6 +273,8 @@ def choose_backward(spec: AttentionSpec) -> dict[str, Config]:
         table |= {"sm_100": Config(128, 64, 8, 3)} if size == 64 else {}
         if size == 256 and len(head_parts(spec)[0]) > 1:
             table |= dict.fromkeys(("sm_80", "sm_86"), Config(32, 32, 8, 2))
+        elif size == 256:
+            table["sm_90"] = Config(64, 32, 8, 2)
         table |= _PAIRS.get(size, {}) if _loads_tiles(spec) else {}
     return {arch: _fewer(spec, arch, x) for arch, x in table.items()}
 

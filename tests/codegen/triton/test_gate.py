@@ -47,7 +47,34 @@ class Known:
         return all(x <= limit for x, limit in zip(found, limits, strict=True))
 
 
-EXCEPTIONS: tuple[Known, ...] = ()
+EXCEPTIONS = (
+    Known(
+        r" sm_\d+ 3\.9\.",
+        "kept on the stack around the loops over keys: stored and loaded once per tile",
+        stack=72,
+        spills=30,
+    ),
+    Known(
+        r" sm_\d+ 3\.6\.0$",
+        "likewise; the older compiler finds fewer registers, where a tile may start again above all",
+        stack=216,
+        spills=130,
+    ),
+    Known(
+        r"^full_bf16_128 forward kernel sm_80 ",
+        "tiles of 128 x 32, which do not spill, need a third more instructions per pair",
+        stack=24,
+        spills=14,
+        in_loops=5,
+    ),
+    Known(
+        r" tangent kernel sm_(80|100) 3\.6\.0$",
+        "one value of a loop, with the older compiler",
+        stack=40,
+        spills=22,
+        in_loops=1,
+    ),
+)
 
 
 @pytest.fixture(scope="module")
