@@ -32,7 +32,7 @@ BREAKS = (
     ("causal", "        keep = ki <= qi", "        keep = ki < qi"),
     ("causal", "first + 1", "last + 1"),
     ("causal", "h // 2 * k_h", "h // 4 * k_h"),
-    ("left_padded", "range(0, sk, BLOCK_N, num", "range(0, sk - BLOCK_N, BLOCK_N, num"),
+    ("left_padded", "tl.where(again, sk, 0)", "tl.where(again, sk - BLOCK_N, 0)"),
     ("plain", "mask=(rows < sq)[:, None])", "mask=(rows < sq + 1)[:, None])"),
     ("mask_as_bias", "x < -2.3586574916681825e+38", "x < -3.5e+38"),
     ("plain", "mask=rows < sq)", "mask=rows < sq - 1)"),

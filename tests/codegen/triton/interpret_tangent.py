@@ -34,7 +34,7 @@ SHORT = {torch.float32: ((17, 63),), torch.float16: ((65, 65),)}
 BREAKS = (
     ("causal", "        keep = ki <= qi", "        keep = ki < qi"),
     ("left_padded", "ts = tl.where(keep, ts, 0.0)", "ts = tl.where(keep, ts, 2.0 * ts)"),
-    ("left_padded", "range(0, sk, BLOCK_N, num", "range(0, sk - BLOCK_N, BLOCK_N, num"),
+    ("left_padded", "tl.where(again, sk, 0)", "tl.where(again, sk - BLOCK_N, 0)"),
     ("causal", "ts = ts * 0.125", "ts = ts * 0.25"),
     ("causal", "tl.dot(q, tl.trans(tk), ts", "tl.dot(q, tl.trans(k), ts"),
     ("causal", "new_dl = dl * shrink", "new_dl = dl"),

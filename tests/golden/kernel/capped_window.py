@@ -163,17 +163,18 @@ def capped_window_kernel(
             MASKED=True, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
         )
     # A query that saw no key spreads over all of them, hidden ones too: such a tile, a rare one, visits everything.
-    if tl.min(tl.where(rows < sq, m, float("inf")), 0) <= -1.7014117331926443e+38:
+    again = tl.min(tl.where(rows < sq, m, float("inf")), 0) <= -1.7014117331926443e+38
+    if again:
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, 32], tl.float32)
-        for n in tl.range(0, sk, BLOCK_N, num_stages=1):
-            acc, l, m = _tile(
-                acc, l, m, q, first, n,
-                k_at, k_n, k_d, v_at, v_n, v_d,
-                sq, sk,
-                MASKED=True, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-            )
+    for n in tl.range(0, tl.where(again, sk, 0), BLOCK_N, num_stages=1):
+        acc, l, m = _tile(
+            acc, l, m, q, first, n,
+            k_at, k_n, k_d, v_at, v_n, v_d,
+            sq, sk,
+            MASKED=True, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        )
     total = l[:, None]
     lse = (m + tl.log2(l)) * 0.6931471805599453
     lse = tl.where(m < -2.3586574916681825e+38, m, lse)  # a row of scores that stood for themselves

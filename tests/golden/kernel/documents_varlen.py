@@ -32,16 +32,16 @@ DTYPE = torch.float32
 GROUP = 1  # query heads per key/value head
 # (BLOCK_M queries, BLOCK_N keys, warps, stages) of one program
 CONFIGS = {
-    "sm_80": (32, 32, 4, 2),
-    "sm_86": (32, 32, 4, 2),
-    "sm_90": (32, 32, 4, 2),
-    "sm_100": (32, 32, 4, 2),
-    "gfx942": (32, 32, 4, 2),
+    "sm_80": (32, 32, 8, 2),
+    "sm_86": (32, 32, 8, 2),
+    "sm_90": (32, 32, 8, 2),
+    "sm_100": (32, 32, 8, 2),
+    "gfx942": (64, 32, 4, 2),
     "interpreter": (32, 32, 1, 1),
 }
 POINTERS = {  # where tensor descriptors cannot read k or v
-    "sm_90": (32, 32, 4, 2),
-    "sm_100": (32, 32, 4, 2),
+    "sm_90": (32, 32, 8, 2),
+    "sm_100": (32, 32, 8, 2),
 }
 DESCRIPTORS = ("sm_90", "sm_100", "interpreter")  # where TMA copies tiles of k and v, if they are aligned
 
@@ -155,18 +155,19 @@ def documents_varlen_kernel(
             MASKED=True, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
         )
     # A query that saw no key spreads over all of them, hidden ones too: such a tile, a rare one, visits everything.
-    if tl.min(tl.where(rows < sq, m, float("inf")), 0) <= -1.7014117331926443e+38:
+    again = tl.min(tl.where(rows < sq, m, float("inf")), 0) <= -1.7014117331926443e+38
+    if again:
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, 16], tl.float32)
-        for n in tl.range(0, sk, BLOCK_N, num_stages=1):
-            acc, l, m = _tile(
-                acc, l, m, q, first, n,
-                k_at, k_n, k_d, v_at, v_n, v_d,
-                ids0, ids1_at, ids1_k,
-                sq, sk,
-                MASKED=True, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-            )
+    for n in tl.range(0, tl.where(again, sk, 0), BLOCK_N, num_stages=1):
+        acc, l, m = _tile(
+            acc, l, m, q, first, n,
+            k_at, k_n, k_d, v_at, v_n, v_d,
+            ids0, ids1_at, ids1_k,
+            sq, sk,
+            MASKED=True, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        )
     total = l[:, None]
     lse = (m + tl.log2(l)) * 0.6931471805599453
     lse = tl.where(m < -2.3586574916681825e+38, m, lse)  # a row of scores that stood for themselves
