@@ -15,7 +15,7 @@ import torch
 from attnc.codegen.triton.heads import head_parts
 from attnc.codegen.triton.inputs import name_inputs
 from attnc.codegen.triton.tiles import grows
-from attnc.ir import AttentionSpec, Elementwise
+from attnc.ir import AttentionSpec, Elementwise, Normalized
 from attnc.masks import Band, Full
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
@@ -292,6 +292,7 @@ def choose_keys(spec: AttentionSpec, *, lookup: bool = False) -> dict[str, Confi
     else:
         size = min(n for n in _HELD if n >= wide)
         light = _is_light(spec) and (isinstance(spec.mask, Full) or grows(spec.mask)) and not lookup
+        light = light and not isinstance(spec.norm, Normalized)  # whose slopes and shares take registers
         more = _HELD_LIGHT if light else _HELD_PAIRS if _loads_tiles(spec) else {}
         table = {**_HELD[size], **more.get(size, {})}
     table = {arch: _fewer(spec, arch, x, keys=True) for arch, x in table.items()}
