@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from attnc.codegen.triton import emit
+from attnc.codegen.triton.aot import report_rows
 from attnc.codegen.triton.shares import never_negative
 from attnc.ir import Pointwise
 from attnc.printer import parse
@@ -71,3 +72,32 @@ def test_where_every_key_is_visited_there_is_none_to_come_back_to(mask: str) -> 
     fill = " fill(replace,-inf)" if mask == "none" else "-inf"
     text = TEXT.format(mask, "exp(s)").replace(fill, "" if mask == "none" else "0.0")
     assert "tl.max(largest, 0)" not in emit(parse(text), name="site", kind="backward").source
+
+
+WIDE = (
+    "attn q=bhqd[b,h,s,{d}]:bfloat16 k=bhkd[b,hkv,t,{d}]:bfloat16 v=bhke[b,hkv,t,{d}]:bfloat16 group=4"
+    " scale(0.125) {rest}"
+)
+SITES = {
+    "causal": "mask=causal fill(replace,-inf) {norm}",
+    "padded": "mask=(causal & padding(key,pad)) fill(replace,-inf) {norm} with pad=bk[b,t]:bool",
+    "biased": "bias(rel) mask=none {norm} with rel=bhqk[1,h,s,t]:bfloat16",
+}
+NORMS = {
+    "taylor": "normalized(where((s==-inf),0.0,((1.0+s)+(square(s)/2.0))))",
+    "bounded": "normalized(relu(s),added=1e-06,least=0.001)",
+    "fourth_power": "normalized(square(square(s)))",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("kind", ["backward", "varlen_backward"])
+def test_the_default_tiles_compile_without_spills(kind: str, d: int, site: str, norm: str) -> None:
+    spec = parse(WIDE.format(d=d, rest=SITES[site].format(norm=NORMS[norm])))
+    for row in report_rows(emit(spec, name="site", kind=kind)):
+        assert row["error"] is None, row
+        assert not row["over_limit"], row
+        assert (row["stack"], row["spills"]) == (0, 0), row
