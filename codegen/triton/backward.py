@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from attnc.codegen.triton import holes, launches, tiles
+from attnc.codegen.triton import holes, launches, shares, tiles
 from attnc.codegen.triton.configs import Config, choose_keys
 from attnc.codegen.triton.draws import pull_lines
 from attnc.codegen.triton.heads import Part, head_parts
@@ -15,10 +14,11 @@ from attnc.codegen.triton.launches import Call, strides
 from attnc.codegen.triton.launches import optional as _optional
 from attnc.codegen.triton.launches import row as _row
 from attnc.codegen.triton.layout import BACKWARD, Layout
+from attnc.codegen.triton.pointwise import number
+from attnc.codegen.triton.rows import low, spread_test
 from attnc.codegen.triton.slopes import Chain, chain, weigh_slope
-from attnc.codegen.triton.steps import LOG2E, hidden, times, wide_biases
-from attnc.ir import AttentionSpec, Bias, Elementwise, Fill, Pointwise, SignedSoftmax
-from attnc.masks import Full, may_hide_a_whole_row
+from attnc.codegen.triton.steps import WEIGHED, times
+from attnc.ir import AttentionSpec, Elementwise, Fill, Normalized, Pointwise, SignedSoftmax
 
 _CONSTANTS = [
     "MASKED: tl.constexpr, UPCAST: tl.constexpr,",
@@ -44,51 +44,11 @@ def fill_holes(spec: AttentionSpec, configs: dict[str, Config], layout: Layout =
     }
 
 
-NEAR = -32.0
-"""A fill nearer to zero leaves rows of fills with a log-sum-exp like that of other rows, which fp32 holds."""
-
-
 def extra_kernels(spec: AttentionSpec) -> tuple[str, ...]:
     """Return the ends of the names of kernels that only some specs have: over rows, of captured tensors."""
     inputs = name_inputs(spec)
     rows = () if isinstance(spec.norm, Elementwise) else ("rows_kernel",)
     return (*rows, *(f"d_{g.x.name}_kernel" for g in captured_grads(spec, inputs) if g.kind == "summed"))
-
-
-@dataclass(frozen=True, slots=True)
-class Low:
-    """Log-sum-exps so low that a row needs care, in base 2; None where no row can be.
-
-    ``refine``: at or below it fp32 does not hold the log-sum-exp well enough to divide by.  ``spread``: at or
-    below it a row may weigh keys that the mask hides.  A signed softmax knows magnitudes only: what is low
-    to others is high to it.
-    """
-
-    refine: float | None
-    spread: float | None
-
-
-def low(spec: AttentionSpec, inputs: tuple[Input, ...]) -> Low:
-    """Return the bounds for the rows of a spec.
-
-    Half a finite fill is far below every score that is no fill, and far above those that are; a fill near
-    zero is no case, since fp32 then holds the log-sum-exp.
-    """
-    if isinstance(spec.norm, Elementwise):
-        return Low(None, None)
-    masked, value = not isinstance(spec.mask, Full), spec.fill.value
-    signed = isinstance(spec.norm, SignedSoftmax)
-    fills = masked and math.isfinite(value) and value <= NEAR
-    fills = fills and (may_hide_a_whole_row(spec.mask) or value > tiles.FAR or signed)
-    bounds = [hidden(spec.fill) / 2] if fills else []
-    skips = masked and tiles.may_skip(holes.visited(spec))
-    spread = bounds[0] if fills and skips else None
-    unsure = may_hide_a_whole_row(spec.mask) or any(isinstance(s, Bias | Pointwise) for s in spec.scores)
-    if skips and value == -math.inf and unsure and not spec.norm.safe and spec.norm.sink is None:
-        spread = -math.inf  # NaN everywhere, as in eager torch
-    if wide_biases(spec, inputs) or any(isinstance(s, Bias) for s in spec.scores):
-        bounds.append(tiles.LOW * LOG2E)
-    return Low(max(bounds, default=None), spread)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +79,7 @@ def _queries(spec: AttentionSpec, inputs: list[Input]) -> tiles.View:
     row of zeros, whose score an expression could make infinite.
     """
     loads_keys = any(x.per_tile for x in inputs)
-    strange = isinstance(spec.norm, Elementwise) or any(isinstance(s, Pointwise) for s in spec.scores)
+    strange = isinstance(spec.norm, WEIGHED) or any(isinstance(s, Pointwise) for s in spec.scores)
     view = tiles.QUERIES if loads_keys else replace(tiles.QUERIES, whole="")
     return replace(view, runs_over=not strange)
 
@@ -131,13 +91,15 @@ class _Backward:
         self.spec, self.frame, self.layout = spec, frame, layout
         self.inputs = name_inputs(spec)
         self.pair_inputs = [x for x in self.inputs if x.role != "sink"]
-        self.weighs = not isinstance(spec.norm, Elementwise)
         self.low = low(spec, self.inputs)
+        self.refines, self.spread = self.low.refine is not None, spread_test(self.low)
+        if isinstance(spec.norm, Normalized):
+            self.refines, self.spread = shares.takes_sums_again(spec.norm), shares.spread(spec, spec.norm)
         self.k_parts, self.v_parts = head_parts(spec)
-        self.chain: Chain = chain(spec.scores, self.inputs, base2=self.weighs)
-        self.stats = (
-            ["top", *(["share"] if self.low.refine is not None else []), "delta"] if self.weighs else []
-        )
+        self.chain: Chain = chain(spec.scores, self.inputs, base2=not isinstance(spec.norm, WEIGHED))
+        self.stats = ["top", *(["share"] if self.refines else []), "delta"]
+        if isinstance(spec.norm, WEIGHED):
+            self.stats = ["share", "delta"] if isinstance(spec.norm, Normalized) else []
         self.found = captured_grads(spec, self.inputs)
         self.queries = _queries(spec, self.pair_inputs)
 
@@ -208,8 +170,10 @@ class _Backward:
     def _weights(self) -> tuple[list[str], bool]:
         """Return the lines that turn scores into weights, and their gradient into that of the scores."""
         norm = self.spec.norm
-        if isinstance(norm, Elementwise):
+        if isinstance(norm, Elementwise | Normalized):
             slope, steep = weigh_slope(norm)
+            if isinstance(norm, Normalized):
+                slope = shares.slope_lines(slope, again=self.refines)
             return [*self.frame["weigh"], *slope], steep
         share = " * share" if "share" in self.stats else ""
         if isinstance(norm, SignedSoftmax):
@@ -277,25 +241,25 @@ class _Backward:
         def add_queries(masked: bool) -> list[str]:
             return _call(made["dkv_state"], "_add_queries", made["_add_queries"], masked)
 
-        spread, group = self.low.spread, self.spec.group_size
+        spread, group = self.spread, self.spec.group_size
         ranges = tiles.stretched(mask, visited, self.queries)
         missed = tiles.missed(mask, visited, self.queries)
         seen = [f"((n < {hi}) & (n + BLOCK_N > {lo}))" for lo, hi in (("lo", "hi"), ("lo_1", "hi_1"))]
         seen = seen[: len(tiles.spans(mask, fill))]
         if spread is not None and not stops:
-            seen.append(f"(tl.min(top, 0) <= {_number(spread)})")
+            seen.append(f"({spread['here']})")
         everything = tiles.outer(mask) == (tiles.EVERYTHING,) or not tiles.may_skip(fill)
         return {
             "dq_loops": tiles.loops(mask, fill, add_keys),
             "dq_spread": spread is not None and not stops,
-            "dq_everything": tiles.loop("0", "sk", add_keys(True), "tl.range({}, {}, {}, num_stages=1)"),
+            "dq_everything": self._every_key(add_keys(True)),
             "dkdv_bounds": [x for lines, _ in ranges for x in lines],
             "dkdv_runs": [x for _, parts in ranges for p in parts for x in self._run(*p, add_queries(p[2]))],
             "dkdv_spread": spread is not None,
             "by_head": group > 1 and bool(self.of_kind("columns")),
             "dkdv_visit": add_queries(True),
             "missed": f"{missed} & " if missed else "",
-            "spread": "" if spread is None else _number(spread),
+            "spread": spread,
             "base2": self.frame["base2"] or self.frame["extreme"],
             "tile": _turn(tiles.grows(mask)),
             "keys_tile": _turn(tiles.grows(mask, self.queries)),
@@ -323,11 +287,21 @@ class _Backward:
 
     def _refined(self) -> dict[str, Any]:
         """Return how the kernel over rows weighs a row of very low scores again."""
-        if self.low.refine is None:
-            return {"refine": [], "low": "", "depth": ""}
+        own = (
+            shares.share_holes(self.spec.norm) if isinstance(self.spec.norm, Normalized) else {"settled": ""}
+        )
+        if not self.refines:
+            return {"refine": [], "low": "", "depth": "", **own}
         visited = self.pairs()["visited"]
+        visit = _call(visited, "_visit", self.tiles()["visit_here"][:-1], True)
+        if isinstance(self.spec.norm, Normalized):
+            return {
+                "refine": self._every_key([*visit, "l += tl.sum(s, 1)"]),
+                "refine_start": [shares.NONE],
+                **own,
+            }
         body = [
-            *_call(visited, "_visit", self.tiles()["visit_here"][:-1], True),
+            *visit,
             "new_m = tl.maximum(m, tl.max(s, 1))",
             'base = tl.where(new_m == float("-inf"), 0.0, new_m)  # a row that has seen nothing yet',
             "l = l * tl.exp2(m - base) + tl.sum(tl.exp2(s - base[:, None]), 1)",
@@ -336,11 +310,16 @@ class _Backward:
         sink = next((x for x in self.inputs if x.role == "sink"), None)
         start = [line for line in self.frame["start"] if not line.startswith("acc")]
         return {
-            "refine": tiles.loop("0", "sk", body, "tl.range({}, {}, {}, num_stages=1)"),
+            "refine": self._every_key(body),
             "refine_start": [*([f"{sink.name}_at = {_base(sink)}"] if sink else []), *start],
-            "low": _number(self.low.refine),
+            "low": number(self.low.refine or 0.0),
             "depth": "-top" if isinstance(self.spec.norm, SignedSoftmax) else "top",
+            **own,
         }
+
+    def _every_key(self, body: list[str]) -> list[str]:
+        """Return a loop that is seldom run, over all keys."""
+        return tiles.loop("0", "sk", body, "tl.range({}, {}, {}, num_stages=1)")
 
     # ------------------------------------------------------------ kernels and the launcher
 
@@ -348,7 +327,7 @@ class _Backward:
         """Return the parameters and arguments of each kernel."""
         own = ["q", "k", "v", "dout"]
         out = {name: [g.x for g in self.of_kind(name)] for name in ("rows", "columns", "pairs")}
-        refined = self.low.refine is not None
+        refined, settled = self.refines, ["dlse"] if self._refined()["settled"] else []
         rows_in = [*(["q", "k", "v"] if refined else []), "dout", "out"]
         seeds = self.frame["seeds"]
         dq_out = ["dq", *(f"d_{x.name}" for x in (*out["rows"], *out["pairs"]))]
@@ -356,7 +335,7 @@ class _Backward:
         return {
             "rows_call": self._call(
                 rows_in,
-                ["lse", *self.stats, *(seeds if refined else [])],
+                ["lse", *settled, *self.stats, *(seeds if refined else [])],
                 self.inputs if refined else (),
                 "q",
                 "heads",
@@ -445,10 +424,6 @@ def _passed(masked: str) -> str:
 def _turn(grows: bool) -> str:
     """Return which tile a program takes: the longest first."""
     return "tiles - 1 - tl.program_id(0) % tiles" if grows else "tl.program_id(0) % tiles"
-
-
-def _number(x: float) -> str:
-    return repr(x) if math.isfinite(x) else f'float("{x}")'
 
 
 def _base(x: Input) -> str:

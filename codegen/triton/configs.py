@@ -15,7 +15,7 @@ import torch
 from attnc.codegen.triton.heads import head_parts
 from attnc.codegen.triton.inputs import name_inputs
 from attnc.codegen.triton.tiles import grows
-from attnc.ir import AttentionSpec, Elementwise
+from attnc.ir import AttentionSpec, Elementwise, Normalized
 from attnc.masks import Band, Full
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
@@ -276,6 +276,8 @@ def choose_backward(spec: AttentionSpec) -> dict[str, Config]:
         elif size == 256:
             table["sm_90"] = Config(64, 32, 8, 2)
         table |= _PAIRS.get(size, {}) if _loads_tiles(spec) else {}
+        if size == 64 and isinstance(spec.norm, Normalized):  # whose slopes and shares take registers
+            table["sm_100"] = Config(64 if _loads_tiles(spec) else 128, 32, 8, 3)
     return {arch: _fewer(spec, arch, x) for arch, x in table.items()}
 
 
@@ -291,8 +293,11 @@ def choose_keys(spec: AttentionSpec, *, lookup: bool = False) -> dict[str, Confi
     else:
         size = min(n for n in _HELD if n >= wide)
         light = _is_light(spec) and (isinstance(spec.mask, Full) or grows(spec.mask)) and not lookup
-        more = _HELD_LIGHT if light else _HELD_PAIRS if _loads_tiles(spec) else {}
+        divides = isinstance(spec.norm, Normalized)  # by slopes and shares, which take registers
+        more = _HELD_LIGHT if light and not divides else _HELD_PAIRS if _loads_tiles(spec) else {}
         table = {**_HELD[size], **more.get(size, {})}
+        if divides and lookup and size == 128 and not _loads_tiles(spec):
+            table["sm_100"] = Config(64, 32, 8, 2)
     table = {arch: _fewer(spec, arch, x, keys=True) for arch, x in table.items()}
     return {**table, "interpreter": INTERPRETER}
 

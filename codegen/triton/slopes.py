@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from attnc.codegen.triton.inputs import Input, find
 from attnc.codegen.triton.pointwise import PAIRS, WIDE, Term, bare, kernel_form, number
 from attnc.codegen.triton.steps import kernel_steps, times
-from attnc.ir import Bias, Elementwise, Gain, Pointwise, Scale, Softcap, Step
+from attnc.ir import Bias, Elementwise, Gain, Normalized, Pointwise, Scale, Softcap, Step
 from attnc.pointwise import POSITIONS, SCORE, Call
 
 GRAD = "ds"
@@ -290,7 +290,7 @@ def chain(steps: Sequence[Step], inputs: tuple[Input, ...], *, base2: bool) -> C
     return Chain(tuple(needed), tuple(pulls), factor, "_times(" in text)
 
 
-def weigh_slope(norm: Elementwise) -> tuple[list[str], bool]:
+def weigh_slope(norm: Elementwise | Normalized) -> tuple[list[str], bool]:
     """Return the lines that give ``ds`` from ``dp``, the gradient of weights ``p = f(s)``; is one steep?"""
     term = Pointwise(norm.expr).term
     slope = gradients(term, "dp").get(SCORE, 0.0)

@@ -15,7 +15,7 @@ from attnc.codegen.triton.holes import argument_types
 from attnc.codegen.triton.inputs import name_inputs
 from attnc.codegen.triton.kinds.kind import Kind, Program, Types
 from attnc.codegen.triton.layout import BACKWARD, Layout
-from attnc.ir import AttentionSpec, Elementwise, RoundedSoftmax, SignedSoftmax, Softmax
+from attnc.ir import AttentionSpec, Elementwise, Normalized, RoundedSoftmax, SignedSoftmax, Softmax
 
 
 def _more(spec: AttentionSpec) -> tuple[Program, ...]:
@@ -27,7 +27,7 @@ def types_of(spec: AttentionSpec, layout: Layout = BACKWARD) -> Types:
     types, ones = argument_types(spec, layout)
     main = types["q_ptr"]
     types |= dict.fromkeys(("dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr"), main)
-    types |= dict.fromkeys(("top_ptr", "share_ptr", "delta_ptr"), "*fp32")
+    types |= dict.fromkeys(("top_ptr", "share_ptr", "delta_ptr", "dlse_ptr"), "*fp32")
     for x in name_inputs(spec):  # gradients of pairs are written as they are, others are summed in fp32
         types[f"d_{x.name}_ptr"] = types[f"{x.name}_ptr"] if {*"qk"} <= {*x.axes} else "*fp32"
     return types, ones
@@ -39,7 +39,7 @@ KIND = Kind(
     choose_backward,
     fill_holes,
     programs=(Program("dq_kernel"), Program("dkdv_kernel", configs="KEYS_CONFIGS")),
-    norms=(Softmax, SignedSoftmax, RoundedSoftmax, Elementwise),
+    norms=(Softmax, SignedSoftmax, RoundedSoftmax, Elementwise, Normalized),
     places="qkhb",
     dropout=True,
     more=_more,

@@ -1,9 +1,9 @@
 """Run emitted backward kernels under Triton's interpreter, in a process of its own; print lines of JSON.
 
-Arguments are names of the corpus, ``every_axis``, ``short`` for fewer lengths, and ``broken``.  Each spec is
-run by the self-test in its file, and through ``attnc.codegen.triton.launch.run_backward``, after the forward
-kernel, against the executed spec's gradients in fp64.  With ``broken``, some files are broken on purpose, and
-the self-test has to notice.
+Arguments are names of the corpus and of ``SHARES``, ``every_axis``, ``short`` for fewer lengths, ``broken``
+and ``broken_shares``.  Each spec is run by the self-test in its file, and through
+``attnc.codegen.triton.launch.run_backward``, after the forward kernel, against the executed spec's gradients
+in fp64.  With ``broken``, some files are broken on purpose, and the self-test has to notice.
 """
 
 from __future__ import annotations
@@ -38,6 +38,16 @@ EVERY_AXIS = (
     " with shared=bhqk[1,1,s,t]:float32 with per_key=bhqk[b,1,1,t]:float16"
     " with unread=bhqk[1,h,1,1]:float32"
 )
+_SMALL = (
+    "attn q=bhqd[b,h,s,16]:float32 k=bhkd[b,hkv,t,16]:float32 v=bhke[b,hkv,t,16]:float32 group=2 scale(0.25)"
+    " mask={} fill(replace,-inf) normalized({})"
+)
+SHARES = {
+    "below_zero": _SMALL.format("causal", "where((s==-inf),0.0,(tanh(s)-2.0)),least=-40.0"),
+    "settled": _SMALL.format("causal", "where((s==-inf),0.0,tanh(s)),added=1.0,least=0.5"),
+    "vanishing": _SMALL.format("(causal & padding(key,pad))", "relu(s)") + " with pad=bk[b,t]:bool",
+}
+"""Weights over sums below zero, some of them bounded; over sums bounded above zero; over sums of zero."""
 BREAKS = (
     ("causal", "keep = ki <= qi", "keep = ki < qi"),
     ("causal", "h = kv_head * 2 + turn // count", "h = kv_head + turn // count"),
@@ -65,6 +75,21 @@ BREAKS = (
     ("softmax_plus_one", "d_gain = ds * s1 * 0.2", "d_gain = ds * s1"),
 )
 """Corpus entry, a piece of its file, and what to break it into."""
+BREAKS_SHARES = (
+    ("taylor", "dp = (dp - delta) * share", "dp = dp * share"),
+    ("taylor", "dp = (dp - delta) * share", "dp = dp - delta"),
+    ("taylor", "p = p * share", "p = p * 1.0"),
+    ("taylor", "delta -= dlse", "delta += dlse"),
+    ("taylor", "share = tl.exp(-lse)", "share = tl.exp(-lse) * 1.01"),
+    ("settled", "delta = tl.where(held, 0.0, delta)", "delta = tl.where(held, delta, delta)"),
+    ("settled", "held = lse <= -0.69314", "held = lse <= -1.69314"),
+    ("settled", "delta -= tl.load(dlse_ptr", "delta += tl.load(dlse_ptr"),
+    ("below_zero", "share = tl.where(low, 1.0 / ", "share = tl.where(low, -1.0 / "),
+    ("below_zero", "1.0 / tl.maximum(l, -40.0)", "1.0 / l"),
+    ("below_zero", "held = tl.where(low, l < -40.0, held)", "held = tl.where(low, held, held)"),
+    ("below_zero", "s = tl.where(inside, s, 0.0)", "s = tl.where(inside, s, s)"),
+    ("vanishing", 'if tl.max(largest, 0) == float("inf")', "if tl.max(largest, 0) == 0.0"),
+)
 
 
 def draw(spec: AttentionSpec, b: int, hkv: int, sq: int, sk: int) -> list[torch.Tensor]:
@@ -147,7 +172,8 @@ def main(names: list[str]) -> None:
     numpy.seterr(all="ignore")
     torch.set_num_threads(1)
     lines = Path(__file__).with_name("corpus.txt").read_text(encoding="utf-8").splitlines()
-    corpus = {n: parse(s) for n, _, s in (line.partition(" ") for line in lines if not line.startswith("#"))}
+    texts = dict(line.split(" ", 1) for line in lines if not line.startswith("#"))
+    corpus = {n: parse(s) for n, s in {**texts, **SHARES}.items()}
     for name, spec in corpus.items():
         if name not in names:
             continue
@@ -164,7 +190,8 @@ def main(names: list[str]) -> None:
         spec = parse(EVERY_AXIS)
         result = {**compare(spec, 17, 63), "alone": alone(spec)}
         print(json.dumps({"run": "every_axis torch.float32 17 63", **result}), flush=True)
-    for at, (name, old, new) in enumerate(BREAKS if "broken" in names else ()):
+    broken = BREAKS if "broken" in names else BREAKS_SHARES if "broken_shares" in names else ()
+    for at, (name, old, new) in enumerate(broken):
         found = notices(corpus[name], name, at, old, new)
         print(json.dumps({"run": f"broken {name}: {old} -> {new}", "noticed": found}), flush=True)
 

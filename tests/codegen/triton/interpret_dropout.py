@@ -1,9 +1,9 @@
 """Run emitted kernels with dropout under Triton's interpreter, in a process of its own; print lines of JSON.
 
-Arguments are names of the corpus, whose specs get dropout, ``short`` for one dtype, ``masks`` and ``broken``.
-Each spec is run by the self-tests in its files, and through ``attnc.codegen.triton.launch`` against
-``execute`` and ``gradients`` in fp64.  ``masks`` reads off which weights kernels keep.  With ``broken``, some
-files are broken on purpose, and the self-test has to notice.
+Arguments are names of the corpus and of ``interpret_backward.SHARES``, whose specs get dropout, ``short`` for
+one dtype, ``masks`` and ``broken``.  Each spec is run by the self-tests in its files, and through
+``attnc.codegen.triton.launch`` against ``execute`` and ``gradients`` in fp64.  ``masks`` reads off which
+weights kernels keep.  With ``broken``, some files are broken on purpose, and the self-test has to notice.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def notices(spec: AttentionSpec, kind: str, at: int, old: str, new: str) -> bool
 def main(names: list[str]) -> None:
     numpy.seterr(all="ignore")
     torch.set_num_threads(1)
-    corpus = {name: dropping(spec) for name, spec in interpret.corpus().items()}
+    shares = {name: parse(text) for name, text in backward.SHARES.items()}
+    corpus = {name: dropping(spec) for name, spec in {**interpret.corpus(), **shares}.items()}
     for name, spec in corpus.items():
         if name not in names:
             continue

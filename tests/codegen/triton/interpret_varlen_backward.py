@@ -1,9 +1,9 @@
 """Run emitted backward kernels over packed sequences under Triton's interpreter, in a process of its own.
 
-Arguments are names of the corpus, ``every_axis``, ``short`` for fewer lengths, and ``broken``.  Each spec
-runs its self-test, and the gradient of ``attnc.codegen.triton.run_varlen`` by autograd against plain torch's
-in fp64.  With ``broken``, some files are broken on purpose, and the self-test has to notice.  Prints one
-JSON line per run.
+Arguments are names of the corpus and of ``SHARES``, ``every_axis``, ``short`` for fewer lengths, and
+``broken``.  Each spec runs its self-test, and the gradient of ``attnc.codegen.triton.run_varlen`` by autograd
+against plain torch's in fp64.  With ``broken``, some files are broken on purpose, and the self-test has to
+notice.  Prints one JSON line per run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import interpret  # sets TRITON_INTERPRET, so it comes before anything that imports triton
 import numpy
 import torch
-from interpret_backward import EVERY_AXIS
+from interpret_backward import EVERY_AXIS, SHARES
 from interpret_varlen import pack, poison
 
 from attnc.codegen.triton import emit, run_varlen
@@ -53,6 +53,11 @@ BREAKS = (
     ("documents", "ids1_ptr + b * ids1_b", "ids1_ptr"),
     ("sink_logits", "* delta).sum(1)", "* delta).sum(1) * 0.5"),
     ("left_padded", "if tl.min(lowest, 0) <=", "if tl.min(lowest, 0) < 2 *"),
+    ("below_zero", "share = tl.where(low, 1.0 / ", "share = tl.where(low, -1.0 / "),
+    ("below_zero", "dp = (dp - delta) * share", "dp = dp * share"),
+    ("settled", "delta = tl.where(held, 0.0, delta)", "delta = tl.where(held, delta, delta)"),
+    ("settled", "p = p * share", "p = p * 1.0"),
+    ("vanishing", 'if tl.max(largest, 0) == float("inf")', "if tl.max(largest, 0) == 0.0"),
     ("every_axis", "bh * longest + first + i", "at + i"),
     ("every_axis", "[:, None] * wide + (n", "[:, None] * sk + (n"),
     ("every_axis", "sq, 1).zero_()", "sq, 1)"),
@@ -129,7 +134,8 @@ def notices(spec: AttentionSpec, name: str, at: int, old: str, new: str) -> bool
 
 
 def runs(names: list[str]) -> Iterator[tuple[str, dict[str, object]]]:
-    specs = interpret.corpus() | {"every_axis": parse(EVERY_AXIS)}
+    own = {name: parse(text) for name, text in SHARES.items()}
+    specs = {**interpret.corpus(), **own, "every_axis": parse(EVERY_AXIS)}
     for name in (n for n in names if n in specs):
         kernel = emit(specs[name], name=name, kind="varlen_backward")
         yield f"self-test {name}", interpret.self_test(kernel)

@@ -19,10 +19,12 @@ from attnc.printer import parse
 
 HERE = Path(__file__).parent
 LINES = (HERE / "corpus.txt").read_text(encoding="utf-8").splitlines()
-UNSERVED = {"taylor", "relu_shares", "large_weights", "mixed"}
-"""Weights over their own sum, and values narrower than queries and keys, have plain torch's gradients."""
+UNSERVED = {"mixed"}
+"""Values narrower than queries and keys have plain torch's gradients."""
 NAMES = [line.partition(" ")[0] for line in LINES if not line.startswith("#")]
 NAMES = [name for name in NAMES if name not in UNSERVED]
+SHARES = ("below_zero", "settled", "vanishing")
+"""Specs of interpret_backward.py: what sums of weights may come to."""
 SOME = (
     "left_padded",  # rows that spread over hidden keys, in fp16, with a group
     "biases",  # summed over batch entries; columns
@@ -33,6 +35,8 @@ SOME = (
     "documents",
     "sigmoid",
     "signed",
+    "below_zero",  # weights over their own sum, whose logarithm is NaN
+    "settled",  # sums that give way to a bound
 )
 
 
@@ -80,9 +84,16 @@ def test_captured_tensors_may_vary_along_any_axes_and_each_gradient_can_be_had_a
 
 @pytest.mark.slow
 def test_gradients_of_the_whole_corpus_are_those_of_the_executed_specs(tmp_path: Path) -> None:
-    found = interpret(tmp_path, *NAMES)
-    for name in NAMES:
+    found = interpret(tmp_path, *NAMES, *SHARES)
+    for name in (*NAMES, *SHARES):
         check(found, name)
+
+
+@pytest.mark.slow
+def test_the_self_test_notices_files_that_divide_wrongly(tmp_path: Path) -> None:
+    found = interpret(tmp_path, "broken_shares")
+    assert len(found) >= 13
+    assert [run for run, row in found.items() if not row["noticed"]] == []
 
 
 def test_the_self_test_notices_every_broken_file(tmp_path: Path) -> None:
@@ -168,7 +179,7 @@ def test_the_same_spec_gives_the_same_bytes_and_no_atomic_addition(corpus) -> No
         compile(source, name, "exec")
 
 
-@pytest.mark.parametrize("name", ["capped_window", "biases"])
+@pytest.mark.parametrize("name", ["capped_window", "biases", "taylor"])
 def test_golden(name: str, corpus, golden) -> None:
     golden(f"kernel/{name}_backward.py", emit(corpus[name], name=name, kind="backward").source)
 

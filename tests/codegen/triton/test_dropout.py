@@ -26,6 +26,8 @@ from tests.codegen.triton.test_interpreted import NAMES
 SERVED = ("forward", "backward")
 SOME = ("mask_as_bias", "sigmoid")
 """Rows of fills and of NaN, with a group; weights that no sum divides."""
+SHARES = ("below_zero", "settled", "vanishing")
+"""Specs of interpret_backward.py: what sums of weights may come to."""
 SEED = torch.tensor([11])
 
 
@@ -65,8 +67,9 @@ def test_kernels_of_any_tile_keep_just_the_weights_that_plain_torch_keeps(some) 
 
 @pytest.mark.slow
 def test_results_and_gradients_of_the_whole_corpus_are_those_of_plain_torch(interpret) -> None:
-    for at in range(0, len(NAMES), 8):
-        names = NAMES[at : at + 8]
+    every = [*NAMES, *SHARES]
+    for at in range(0, len(every), 8):
+        names = every[at : at + 8]
         found = interpret("interpret_dropout.py", *names)
         for name in names:
             check(found, name)

@@ -1,0 +1,636 @@
+"""Attention, backward, as fused Triton kernels without atomics; emitted by attnc for one site of a model, complete on its own.
+
+spec    attn q=bhqd[b,h,sq,32]:float32 k=bhkd[b,hkv,sk,32]:float32 v=bhke[b,hkv,sk,32]:float32 group=2 scale(0.125) mask=causal fill(replace,-inf) normalized(where((s==-inf),0.0,((1.0+s)+(square(s)/2.0))))
+kind    backward
+formula p = f(s) / whole, s = steps(q @ k^T), whole the sum that a row is divided by; dv = p^T @ dout,
+        ds = f'(s) / whole * (dout @ v^T - delta) with delta = rowsum(dout * out) - dlse,
+        and back through the steps: dq = ds @ k, dk = ds^T @ q; p and ds are computed again in each tile
+source  FlashAttention-2 (arXiv:2307.08691), algorithm 2, with one kernel for dq and one for dk and dv
+key     ac99aed0ffe88450
+
+Layouts: q [B, H, Sq, 32], k [B, Hkv, Sk, 32], v [B, Hkv, Sk, 32]; out and dout [B, H, Sq, 32]; lse and dlse
+[B, H, Sq] in fp32. Any strides; a gradient has the shape and the dtype of its tensor.
+
+Run this file to test the kernel against plain torch, in fp64: on a GPU if there is one, else in Triton's interpreter.
+"""
+
+import os
+import sys
+
+import torch
+
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+import triton
+import triton.language as tl
+
+DTYPE = torch.float32
+GROUP = 2  # query heads per key/value head
+# (BLOCK_M queries, BLOCK_N keys, warps, stages) of one program
+CONFIGS = {
+    "sm_80": (64, 32, 8, 2),
+    "sm_86": (64, 32, 8, 2),
+    "sm_90": (64, 32, 8, 2),
+    "sm_100": (64, 32, 8, 2),
+    "gfx942": (64, 32, 4, 2),
+    "interpreter": (32, 32, 1, 1),
+}
+# Likewise, of the programs that hold keys
+KEYS_CONFIGS = {
+    "sm_80": (16, 16, 4, 1),
+    "sm_86": (16, 16, 4, 1),
+    "sm_90": (16, 16, 4, 1),
+    "sm_100": (16, 16, 4, 1),
+    "gfx942": (32, 32, 4, 1),
+    "interpreter": (32, 32, 1, 1),
+}
+
+
+@triton.jit
+def _pull(
+    s, dp, share, delta, first, n, i, j,
+    sq, sk,
+    MASKED: tl.constexpr,
+):
+    """Return s, p, ds for queries first + i and keys n + j.
+
+    s is their contraction on the way in, what is divided on the way out; p is the weight, dp its gradient, ds the
+    gradient of the contraction but for the factor 0.125. i and j are a column and a row, or a
+    row and a column. MASKED: some of these pairs may be hidden or lie past an end.
+    """
+    qi = first + i
+    ki = n + j
+    s = s * 0.125  # 0.125
+    if MASKED:
+        inside = (qi < sq) & (ki < sk)
+        keep = ki <= qi
+        s = tl.where(keep, s, float("-inf"))
+    p = tl.where((s == float("-inf")), 0.0, ((1.0 + s) + ((s * s) / 2.0)))
+    dp = (dp - delta) * share
+    y0 = tl.where((s == float("-inf")), 0.0, dp)
+    ds = y0 + ((y0 * (1.0 / 2.0)) * (2.0 * s))
+    s = p
+    p = p * share
+    if MASKED:
+        s = tl.where(inside, s, 0.0)
+        p = tl.where(inside, p, 0.0)
+        ds = tl.where(keep & inside, ds, 0.0)
+    return s, p, ds
+
+
+@triton.jit
+def _visit(
+    q, dout, share, delta, first, n,
+    k_at, k_n, k_d, v_at, v_n, v_d,
+    sq, sk,
+    MASKED: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """Return the keys n .. n + BLOCK_N - 1, and what _pull returns for them and a tile of queries."""
+    i = tl.arange(0, BLOCK_M)
+    j = tl.arange(0, BLOCK_N)
+    inside = n + j < sk
+    d = tl.arange(0, 32)
+    k_tile = k_at + tl.cast(n, tl.int64) * k_n + j[:, None] * k_n + d[None, :] * k_d
+    e = tl.arange(0, 32)
+    v_tile = v_at + tl.cast(n, tl.int64) * v_n + j[:, None] * v_n + e[None, :] * v_d
+    if MASKED:
+        k = tl.load(k_tile, mask=inside[:, None], other=0.0)
+        v = tl.load(v_tile, mask=inside[:, None], other=0.0)
+    else:
+        k = tl.load(k_tile)
+        v = tl.load(v_tile)
+    if UPCAST:
+        k = k.to(tl.float32)
+        v = v.to(tl.float32)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+    s, p, ds = _pull(
+        s, dp, share[:, None], delta[:, None], first, n, i[:, None], j[None, :],
+        sq, sk, MASKED=MASKED,
+    )
+    return k, s, p, ds
+
+
+@triton.jit
+def _add_keys(
+    dq,
+    q, dout, share, delta, first, n,
+    k_at, k_n, k_d, v_at, v_n, v_d,
+    sq, sk,
+    MASKED: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """Add what the keys n .. n + BLOCK_N - 1 give to dq of one tile of queries."""
+    k, s, p, ds = _visit(
+        q, dout, share, delta, first, n,
+        k_at, k_n, k_d, v_at, v_n, v_d,
+        sq, sk,
+        MASKED=MASKED, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+    )
+    dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
+    return dq
+
+
+@triton.jit
+def _add_queries(
+    dk, dv,
+    k, v, b, h, first, n,
+    q_ptr, q_b, q_h, q_m, q_d, dout_ptr, dout_b, dout_h, dout_m, dout_e,
+    share_ptr, delta_ptr,
+    heads, sq, sk,
+    MASKED: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """Add what the queries first .. of head h give to dk, dv of one tile of keys."""
+    i = tl.arange(0, BLOCK_M)
+    j = tl.arange(0, BLOCK_N)
+    rows = first + i
+    q_at = q_ptr + b * q_b + h * q_h + tl.cast(first, tl.int64) * q_m
+    dout_at = dout_ptr + b * dout_b + h * dout_h + tl.cast(first, tl.int64) * dout_m
+    d = tl.arange(0, 32)
+    q_tile = q_at + i[:, None] * q_m + d[None, :] * q_d
+    e = tl.arange(0, 32)
+    dout_tile = dout_at + i[:, None] * dout_m + e[None, :] * dout_e
+    q = tl.load(q_tile, mask=(rows < sq)[:, None], other=0.0)
+    dout = tl.load(dout_tile, mask=(rows < sq)[:, None], other=0.0)
+    if UPCAST:
+        q = q.to(tl.float32)
+        dout = dout.to(tl.float32)
+    at = (b * heads + h) * sq
+    share = tl.load(share_ptr + at + rows, mask=rows < sq, other=1.0)
+    delta = tl.load(delta_ptr + at + rows, mask=rows < sq, other=0.0)
+    s = tl.dot(k, tl.trans(q), input_precision="ieee")
+    dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+    s, p, ds = _pull(
+        s, dp, share[None, :], delta[None, :], first, n, i[None, :], j[:, None],
+        sq, sk, MASKED=MASKED,
+    )
+    dv += tl.dot(p.to(dout.dtype), dout, input_precision="ieee")
+    dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["heads", "sq", "sk"])
+def taylor_rows_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, out_ptr, lse_ptr, share_ptr, delta_ptr,
+    q_b, q_h, q_m, q_d,
+    k_b, k_h, k_n, k_d,
+    v_b, v_h, v_n, v_d,
+    dout_b, dout_h, dout_m, dout_e,
+    out_b, out_h, out_m, out_e,
+    heads, sq, sk,
+    UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """One program: BLOCK_M queries of one head; from out, dout and lse what each row contributes to ds."""
+    tiles = tl.cdiv(sq, BLOCK_M)
+    tile = tiles - 1 - tl.program_id(0) % tiles
+    bh = tl.cast(tl.program_id(0) // tiles, tl.int64)
+    b = bh // heads
+    h = bh % heads
+    first = tile * BLOCK_M
+    last = tl.minimum(first + BLOCK_M, sq) - 1
+    at = bh * sq + first
+    i = tl.arange(0, BLOCK_M)
+    rows = first + i
+    out_at = out_ptr + b * out_b + h * out_h + tl.cast(first, tl.int64) * out_m
+    dout_at = dout_ptr + b * dout_b + h * dout_h + tl.cast(first, tl.int64) * dout_m
+    delta = tl.zeros([BLOCK_M], tl.float32)
+    e = tl.arange(0, 32)
+    out_tile = out_at + i[:, None] * out_m + e[None, :] * out_e
+    dout_tile = dout_at + i[:, None] * dout_m + e[None, :] * dout_e
+    out = tl.load(out_tile, mask=(rows < sq)[:, None], other=0.0).to(tl.float32)
+    delta += tl.sum(out * tl.load(dout_tile, mask=(rows < sq)[:, None], other=0.0).to(tl.float32), 1)
+    lse = tl.load(lse_ptr + at + i, mask=rows < sq, other=0.0)
+    share = tl.exp(-lse)
+    # A negative sum has no logarithm: it is taken again.
+    low = lse != lse
+    if tl.max(low.to(tl.int32), 0) > 0:
+        q_at = q_ptr + b * q_b + h * q_h + tl.cast(first, tl.int64) * q_m
+        d = tl.arange(0, 32)
+        q_tile = q_at + i[:, None] * q_m + d[None, :] * q_d
+        e = tl.arange(0, 32)
+        dout_tile = dout_at + i[:, None] * dout_m + e[None, :] * dout_e
+        q = tl.load(q_tile, mask=(rows < sq)[:, None], other=0.0)
+        dout = tl.load(dout_tile, mask=(rows < sq)[:, None], other=0.0)
+        if UPCAST:
+            q = q.to(tl.float32)
+            dout = dout.to(tl.float32)
+        k_at = k_ptr + b * k_b + h // 2 * k_h
+        v_at = v_ptr + b * v_b + h // 2 * v_h
+        l = tl.zeros([BLOCK_M], tl.float32)
+        for n in tl.range(0, sk, BLOCK_N, num_stages=1):
+            k, s, p, ds = _visit(
+                q, dout, share, delta, first, n,
+                k_at, k_n, k_d, v_at, v_n, v_d,
+                sq, sk,
+                MASKED=True, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+            )
+            l += tl.sum(s, 1)
+        share = tl.where(low, 1.0 / l, share)
+    tl.store(share_ptr + at + i, share, mask=rows < sq)
+    tl.store(delta_ptr + at + i, delta, mask=rows < sq)
+
+
+@triton.jit(do_not_specialize=["heads", "sq", "sk"])
+def taylor_dq_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, share_ptr, delta_ptr, dq_ptr,
+    q_b, q_h, q_m, q_d,
+    k_b, k_h, k_n, k_d,
+    v_b, v_h, v_n, v_d,
+    dout_b, dout_h, dout_m, dout_e,
+    heads, sq, sk,
+    UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """One program: the gradient of BLOCK_M queries of one head, over all the keys that they may see."""
+    tiles = tl.cdiv(sq, BLOCK_M)
+    tile = tiles - 1 - tl.program_id(0) % tiles
+    bh = tl.cast(tl.program_id(0) // tiles, tl.int64)
+    b = bh // heads
+    h = bh % heads
+    first = tile * BLOCK_M
+    last = tl.minimum(first + BLOCK_M, sq) - 1
+    at = bh * sq + first
+    i = tl.arange(0, BLOCK_M)
+    rows = first + i
+    q_at = q_ptr + b * q_b + h * q_h + tl.cast(first, tl.int64) * q_m
+    dout_at = dout_ptr + b * dout_b + h * dout_h + tl.cast(first, tl.int64) * dout_m
+    k_at = k_ptr + b * k_b + h // 2 * k_h
+    v_at = v_ptr + b * v_b + h // 2 * v_h
+    d = tl.arange(0, 32)
+    q_tile = q_at + i[:, None] * q_m + d[None, :] * q_d
+    e = tl.arange(0, 32)
+    dout_tile = dout_at + i[:, None] * dout_m + e[None, :] * dout_e
+    q = tl.load(q_tile, mask=(rows < sq)[:, None], other=0.0)
+    dout = tl.load(dout_tile, mask=(rows < sq)[:, None], other=0.0)
+    if UPCAST:
+        q = q.to(tl.float32)
+        dout = dout.to(tl.float32)
+    share = tl.load(share_ptr + at + i, mask=rows < sq, other=1.0)
+    delta = tl.load(delta_ptr + at + i, mask=rows < sq, other=0.0)
+    dq = tl.zeros([BLOCK_M, 32], tl.float32)
+    # Some query of this tile may see the keys lo .. hi; all of them see lo .. full_hi.
+    lo = 0
+    hi = tl.minimum(last + 1, sk)
+    full_hi = tl.maximum(tl.minimum(first + 1, hi) // BLOCK_N * BLOCK_N, lo)
+    for n in range(lo, full_hi, BLOCK_N):
+        dq = _add_keys(
+            dq,
+            q, dout, share, delta, first, n,
+            k_at, k_n, k_d, v_at, v_n, v_d,
+            sq, sk,
+            MASKED=False, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        )
+    for n in range(full_hi, hi, BLOCK_N):
+        dq = _add_keys(
+            dq,
+            q, dout, share, delta, first, n,
+            k_at, k_n, k_d, v_at, v_n, v_d,
+            sq, sk,
+            MASKED=True, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        )
+    dq_at = dq_ptr + at * 32 + i[:, None] * 32
+    tl.store(dq_at + d[None, :], (dq * 0.125).to(dq_ptr.dtype.element_ty), mask=(rows < sq)[:, None])
+
+
+@triton.jit(do_not_specialize=["kv_heads", "sq", "sk"])
+def taylor_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, share_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_b, q_h, q_m, q_d,
+    k_b, k_h, k_n, k_d,
+    v_b, v_h, v_n, v_d,
+    dout_b, dout_h, dout_m, dout_e,
+    kv_heads, sq, sk,
+    UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """One program: the gradients of BLOCK_N keys and values of one head, over all the queries that may see them."""
+    tiles = tl.cdiv(sk, BLOCK_N)
+    tile = tl.program_id(0) % tiles
+    bh = tl.cast(tl.program_id(0) // tiles, tl.int64)
+    b = bh // kv_heads
+    kv_head = bh % kv_heads
+    n = tile * BLOCK_N
+    n_last = tl.minimum(n + BLOCK_N, sk) - 1
+    j = tl.arange(0, BLOCK_N)
+    cols = n + j
+    k_at = k_ptr + b * k_b + kv_head * k_h + tl.cast(n, tl.int64) * k_n
+    v_at = v_ptr + b * v_b + kv_head * v_h + tl.cast(n, tl.int64) * v_n
+    d = tl.arange(0, 32)
+    k_tile = k_at + j[:, None] * k_n + d[None, :] * k_d
+    e = tl.arange(0, 32)
+    v_tile = v_at + j[:, None] * v_n + e[None, :] * v_d
+    k = tl.load(k_tile, mask=(cols < sk)[:, None], other=0.0)
+    v = tl.load(v_tile, mask=(cols < sk)[:, None], other=0.0)
+    if UPCAST:
+        k = k.to(tl.float32)
+        v = v.to(tl.float32)
+    dk = tl.zeros([BLOCK_N, 32], tl.float32)
+    dv = tl.zeros([BLOCK_N, 32], tl.float32)
+    # The queries lo .. hi may see some key of this tile; full_lo .. full_hi see all of them.
+    lo = tl.maximum(n, 0) // BLOCK_M * BLOCK_M
+    hi = sq
+    full_lo = tl.cdiv(n_last, BLOCK_M) * BLOCK_M
+    full_lo = tl.maximum(tl.minimum(full_lo, tl.cdiv(hi, BLOCK_M) * BLOCK_M), lo)
+    full_hi = tl.maximum(hi // BLOCK_M * BLOCK_M, full_lo)
+    heads = kv_heads * 2
+    count = tl.cdiv(tl.maximum(full_lo - lo, 0), BLOCK_M)
+    for turn in range(0, count * 2):
+        h = kv_head * 2 + turn // count
+        first = lo + turn % count * BLOCK_M
+        dk, dv = _add_queries(
+            dk, dv,
+            k, v, b, h, first, n,
+            q_ptr, q_b, q_h, q_m, q_d, dout_ptr, dout_b, dout_h, dout_m, dout_e,
+            share_ptr, delta_ptr,
+            heads, sq, sk,
+            MASKED=True, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        )
+    count = tl.cdiv(tl.maximum(full_hi - full_lo, 0), BLOCK_M)
+    for turn in range(0, count * 2):
+        h = kv_head * 2 + turn // count
+        first = full_lo + turn % count * BLOCK_M
+        dk, dv = _add_queries(
+            dk, dv,
+            k, v, b, h, first, n,
+            q_ptr, q_b, q_h, q_m, q_d, dout_ptr, dout_b, dout_h, dout_m, dout_e,
+            share_ptr, delta_ptr,
+            heads, sq, sk,
+            MASKED=False, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        )
+    count = tl.cdiv(tl.maximum(hi - full_hi, 0), BLOCK_M)
+    for turn in range(0, count * 2):
+        h = kv_head * 2 + turn // count
+        first = full_hi + turn % count * BLOCK_M
+        dk, dv = _add_queries(
+            dk, dv,
+            k, v, b, h, first, n,
+            q_ptr, q_b, q_h, q_m, q_d, dout_ptr, dout_b, dout_h, dout_m, dout_e,
+            share_ptr, delta_ptr,
+            heads, sq, sk,
+            MASKED=True, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        )
+    # Weights that sum to zero are undefined, those of hidden keys too: tiles with such a row are visited as well.
+    for member in range(2):
+        h = kv_head * 2 + member
+        share_at = share_ptr + (b * heads + h) * sq
+        largest = tl.full([BLOCK_M], 1.0, tl.float32)
+        for first in range(0, sq, BLOCK_M):
+            rows = first + tl.arange(0, BLOCK_M)
+            largest = tl.maximum(largest, tl.load(share_at + rows, mask=rows < sq, other=1.0))
+        if tl.max(largest, 0) == float("inf"):
+            for first in range(0, sq, BLOCK_M):
+                rows = first + tl.arange(0, BLOCK_M)
+                share = tl.load(share_at + rows, mask=rows < sq, other=1.0)
+                if ((first < lo) | (first >= hi)) & (tl.max(share, 0) == float("inf")):
+                    dk, dv = _add_queries(
+                        dk, dv,
+                        k, v, b, h, first, n,
+                        q_ptr, q_b, q_h, q_m, q_d, dout_ptr, dout_b, dout_h, dout_m, dout_e,
+                        share_ptr, delta_ptr,
+                        heads, sq, sk,
+                        MASKED=True, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+                    )
+    at = bh * sk + n
+    dk_at = dk_ptr + at * 32 + j[:, None] * 32
+    dv_at = dv_ptr + at * 32 + j[:, None] * 32
+    tl.store(dk_at + d[None, :], (dk * 0.125).to(dk_ptr.dtype.element_ty), mask=(cols < sk)[:, None])
+    tl.store(dv_at + e[None, :], dv.to(dv_ptr.dtype.element_ty), mask=(cols < sk)[:, None])
+
+
+def backward(q, k, v, out, lse, dout, dlse=None, needs=None, new=torch.empty):
+    """Return the gradients of (q, k, v) as a list, from those of (out, lse); layouts as above.
+
+    dlse is None for zeros. needs has one bool per gradient, None for all; what is not needed, or has no gradient, is
+    None. new(shape, dtype=.., device=..) makes what the kernels write to.
+
+    Raises:
+        ValueError: a shape, a dtype or a device is not what the kernels were emitted for.
+    """
+    batch, heads, sq, _ = q.shape
+    kv_heads, sk = k.shape[1:3]
+    _expect("q", q, (batch, kv_heads * GROUP, sq, 32), DTYPE)
+    _expect("k", k, (batch, kv_heads, sk, 32), DTYPE)
+    _expect("v", v, (batch, kv_heads, sk, 32), DTYPE)
+    _expect("out", out, (batch, heads, sq, 32), DTYPE)
+    _expect("dout", dout, (batch, heads, sq, 32), DTYPE)
+    _expect("lse", lse, (batch, heads, sq), torch.float32)
+    given = (q, k, v,)
+    needs = [x.is_floating_point() and (needs is None or needs[at]) for at, x in enumerate(given)]
+    if q.numel() == 0 or k.numel() == 0:
+        return [torch.zeros_like(x) if need else None for x, need in zip(given, needs)]
+
+    def room(dtype, *shape):
+        wide = _interpreted(q) and dtype == torch.bfloat16  # which the interpreter cannot round
+        return new(shape, dtype=torch.float32 if wide else dtype, device=q.device)
+
+    config, keys_config = CONFIGS[_arch(q)], KEYS_CONFIGS[_arch(q)]
+    row_tiles = triton.cdiv(sq, config[0]) * batch * heads
+    share, delta = (room(torch.float32, batch, heads, sq) for _ in range(2))
+    lse = lse.contiguous()
+    _start(
+        taylor_rows_kernel, row_tiles, config,
+        q, k, v, dout, out, lse, share, delta,
+        *q.stride(), *k.stride(), *v.stride(), *dout.stride(), *out.stride(),
+        heads, sq, sk,
+    )
+    if dlse is not None:
+        delta -= dlse
+    dq = dk = dv = None
+    if needs[0]:
+        dq = room(DTYPE, *q.shape)
+        _start(
+            taylor_dq_kernel, row_tiles, config,
+            q, k, v, dout, share, delta, dq,
+            *q.stride(), *k.stride(), *v.stride(), *dout.stride(),
+            heads, sq, sk,
+        )
+    if needs[1] or needs[2]:
+        dk, dv = room(DTYPE, *k.shape), room(DTYPE, *v.shape)
+        _start(
+            taylor_dkdv_kernel, triton.cdiv(sk, keys_config[1]) * batch * kv_heads, keys_config,
+            q, k, v, dout, share, delta, dk, dv,
+            *q.stride(), *k.stride(), *v.stride(), *dout.stride(),
+            kv_heads, sq, sk,
+        )
+    grads = [dq, dk, dv]
+    return [_fit(grad, x) if need else None for grad, x, need in zip(grads, given, needs)]
+
+
+def _fit(grad, x):
+    """Return a gradient summed to the shape of its tensor, in its dtype; zeros where nothing reads the tensor."""
+    return torch.zeros_like(x) if grad is None else grad.sum_to_size(x.shape).to(x.dtype)
+
+
+def _start(kernel, programs, config, *args):
+    block_m, block_n, warps, stages = config
+    with torch.cuda.device_of(args[0]):
+        kernel[(programs,)](
+            *args,
+            UPCAST=_interpreted(args[0]) and DTYPE == torch.bfloat16,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            num_warps=warps,
+            num_stages=stages,
+            enable_fp_fusion=True,
+        )
+
+
+def _expect(name, x, shape, dtype):
+    if x.shape != shape or x.dtype != dtype:
+        raise ValueError(f"{name}: expected {dtype} {list(shape)}, found {x.dtype} {list(x.shape)}")
+
+
+def _interpreted(q):
+    return q.device.type == "cpu"
+
+
+def _arch(q):
+    """Return the key of CONFIGS for q's device; an unknown GPU gets the smallest tiles."""
+    if _interpreted(q):
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError("expected tensors on a GPU, or TRITON_INTERPRET=1 set before triton is imported")
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(q.device)
+    return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}.get((major, minor), "sm_86")
+
+
+def reference(q, k, v, work=torch.float64):
+    """Return the same (out, lse) in plain torch, computed in the dtype work."""
+    sq, sk = q.shape[2], k.shape[2]
+    qi = torch.arange(sq, device=q.device)[:, None]
+    ki = torch.arange(sk, device=q.device)[None, :]
+    k, v = k.repeat_interleave(GROUP, 1), v.repeat_interleave(GROUP, 1)
+    s = q.to(work) @ k.to(work).mT
+    s = s * 0.125
+    keep = ki <= qi
+    s = s.masked_fill(~keep, float("-inf"))
+    s = torch.where((s == float("-inf")), 0.0, ((1.0 + s) + (torch.square(s) / 2.0)))
+    total = s.sum(-1, keepdim=True)
+    lse = total[..., 0].log()
+    weights = s / total
+    if work != torch.float64:
+        weights = weights.to(q.dtype).to(work)
+    return weights @ v.to(work), lse
+
+
+def _sample(case, device):
+    """Return inputs for a case (batch, key/value heads, Sq, Sk); every other one with NaN all around each tensor."""
+    batch, hkv, sq, sk = CASES[case]
+    heads = hkv * GROUP
+    g = torch.Generator().manual_seed(case)
+    q = torch.randn(batch, heads, sq, 32, generator=g) * (1 + 3 * (case % 2))
+    k = torch.randn(batch, hkv, sk, 32, generator=g)
+    v = torch.randn(batch, hkv, sk, 32, generator=g)
+    tensors = [q.to(DTYPE), k.to(DTYPE), v.to(DTYPE)]
+    return [(_surround(x) if case % 2 else x).to(device) for x in tensors]
+
+
+def _surround(x):
+    """Return x as a view into memory that is NaN before, between and after its rows, so that stray reads show."""
+    room = torch.full([n + 2 for n in x.shape], float("nan") if x.is_floating_point() else True, dtype=x.dtype)
+    view = room[tuple(slice(1, n + 1) for n in x.shape)]
+    return view.copy_(x)
+
+
+def _guarded(shape, dtype, device):
+    """Return a tensor to write to, and the memory that it is a part of; all of it holds GUARD."""
+    size = torch.Size(shape).numel()
+    room = torch.full((size + 256,), GUARD, dtype=dtype, device=device)
+    return room[128 : 128 + size].view(shape), room
+
+
+CASES = [(1, 1, 1, 1), (2, 2, 33, 17), (1, 2, 17, 65), (2, 1, 65, 65), (1, 2, 300, 300), (2, 2, 129, 513)]
+GUARD = 12344.0
+
+
+def _check(case, device):
+    """Run one case twice; return its report and whether it passed: errors within limits, the same bits, no stray write."""
+    inputs = _sample(case, device)
+    g = torch.Generator().manual_seed(100 + case)
+    out, lse = (x.to(y) for x, y in zip(reference(*inputs, work=torch.float32), (DTYPE, torch.float32)))
+    dout, dlse = (torch.randn(x.shape, generator=g).to(x) for x in (out, lse))
+    dlse = torch.where(lse.abs() < 1e6, dlse, 0.0)  # autograd takes each weight behind the lse of a row of fills for 1
+    given = [_surround(x.cpu()).to(device) if case % 2 else x for x in (out, lse, dout, dlse)]
+    rooms = []
+
+    def new(shape, dtype, device):
+        view, room = _guarded(shape, dtype, device)
+        rooms.append(room)
+        return view
+
+    found = backward(*inputs, *given, new=new)
+    again = backward(*inputs, *given)
+    want = _gradients(inputs, dout, dlse, torch.float64)
+    worst, wrong, same = 0.0, 0, True
+    for x, y, z, (limit, undefined) in zip(found, again, want, _limits(inputs, dout, dlse)):
+        if x is not None:
+            error = (x - z).abs()
+            wrong += _wrong(error, limit, x.isnan() & undefined)
+            worst = max(worst, (error / limit).nan_to_num(0.0, 0.0).max().item())
+            same &= torch.equal(x.nan_to_num(), y.nan_to_num())
+    stray = sum(int((x[:128] != GUARD).sum() + (x[-128:] != GUARD).sum()) for x in rooms)
+    shapes = f"q {list(inputs[0].shape)}, k {list(inputs[1].shape)}"
+    text = f"{shapes}: error {worst:.2f} of the limit, {wrong} values over it, {stray} stray writes"
+    return text + ("" if same else ", not repeatable"), wrong == 0 and stray == 0 and same
+
+
+def _limits(inputs, dout, dlse):
+    """Return how far each gradient may be off, and where it may be NaN since plain torch has NaN there.
+
+    Three times as far as autograd through plain torch in fp32 with weights rounded to the dtype, plus two rounding units
+    of the largest value, had v and dout no signs and were no delta taken off, plus what an lse rounded to fp32 makes
+    weights uncertain.
+    """
+    want = _gradients(inputs, dout, dlse, torch.float64)
+    plain = _gradients(inputs, dout, dlse, torch.float32)
+    bare, size = [*inputs[:2], inputs[2].abs(), *inputs[3:]], dout.double().abs()
+    out, lse = reference(*bare)
+    usual = lse.abs() < 1e6  # not a row of fills
+    delta = (out * size).sum(-1) / torch.where(usual, 1, inputs[1].shape[2])
+    whole = _gradients(bare, size, delta, torch.float64)
+    unit = torch.finfo(DTYPE).eps + torch.finfo(torch.float32).eps * torch.where(usual, lse.abs(), 0.0).max()
+
+    def most(*grads):
+        return max(x.abs().nan_to_num(0.0, 0.0).max() for x in grads)
+
+    rows = zip(want, plain, whole)
+    return [(3 * most(y - x) + 2 * unit * most(x, z), y.isnan()) if y is not None else (None, None) for x, y, z in rows]
+
+
+def _gradients(inputs, dout, dlse, work):
+    """Return the gradients of inputs by autograd through the reference, computed in the dtype work; None for bools."""
+    leaves = [x.detach().to(work if work == torch.float64 else x.dtype) if x.is_floating_point() else x for x in inputs]
+    wanted = [x.requires_grad_() for x in leaves if x.is_floating_point()]
+    out, lse = reference(*leaves, work=work)
+    found = torch.autograd.grad((out * dout).sum() + (lse * dlse).sum(), wanted, allow_unused=True)
+    grads = iter(torch.zeros_like(x) if y is None else y for x, y in zip(wanted, found))
+    return [next(grads) if x.is_floating_point() else None for x in leaves]
+
+
+def _wrong(error, limit, same):
+    """Count the rows over their limit; where the limit is undefined, those that are not the same."""
+    undefined = ~(error.isfinite() & limit.isfinite())
+    return int(torch.where(undefined, ~same, error > limit).sum())
+
+
+def main():
+    """Test the kernel; return the exit code."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        import numpy
+
+        numpy.seterr(all="ignore")  # the interpreter computes in numpy; 0 / 0 is meant where a query sees no key
+    passed = True
+    for case in range(4 if device.type == "cpu" else len(CASES)):  # the interpreter takes 10 ms per tile
+        text, ok = _check(case, device)
+        print(f"{'ok  ' if ok else 'FAIL'} {text}")
+        passed &= ok
+    print(f"{'passed' if passed else 'FAILED'}: taylor_kernel, {DTYPE}, on {device.type}")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
