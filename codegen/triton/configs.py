@@ -296,7 +296,9 @@ def choose_keys(spec: AttentionSpec, *, lookup: bool = False) -> dict[str, Confi
         divides = isinstance(spec.norm, Normalized)  # by slopes and shares, which take registers
         more = _HELD_LIGHT if light and not divides else _HELD_PAIRS if _loads_tiles(spec) else {}
         table = {**_HELD[size], **more.get(size, {})}
-        if divides and lookup and size == 128 and not _loads_tiles(spec):
+        if divides and size == 128 and _loads_tiles(spec):
+            table |= dict.fromkeys(("sm_80", "sm_86"), Config(32, 32, 8, 2))
+        elif divides and size == 128 and lookup:
             table["sm_100"] = Config(64, 32, 8, 2)
     table = {arch: _fewer(spec, arch, x, keys=True) for arch, x in table.items()}
     return {**table, "interpreter": INTERPRETER}

@@ -269,7 +269,8 @@ def chain(steps: Sequence[Step], inputs: tuple[Input, ...], *, base2: bool) -> C
         elif isinstance(step, Softcap):
             pulls.append(f"{GRAD} = {GRAD} * (1.0 - t{at} * t{at})  # {step}")
         elif isinstance(step, Bias):
-            add(step.operand, times(GRAD, step.sign * factor).replace(f"{GRAD} * -1.0", f"-{GRAD}"))
+            whole = step.sign * factor
+            add(step.operand, f"-{GRAD}" if whole == -1.0 else times(GRAD, whole))
         elif isinstance(step, Gain):
             add(step.operand, times(f"{GRAD} * s{at}", kept[at] * factor))
             pulls.append(f"{GRAD} = {GRAD} * {find(inputs, step.operand, 'bhqk').name}")

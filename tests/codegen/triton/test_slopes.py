@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from attnc.codegen.triton.inputs import name_inputs
@@ -138,6 +138,7 @@ def test_the_rule_of_a_function_is_its_derivative(name: str) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(steps, max_size=5), st.booleans())
+@example([Bias("c", 1), Scale(-1.0625)], False)
 def test_chains_of_steps_pull_back_as_autograd_does(found, base2: bool) -> None:
     tensors = draw()
     leaves = {n: x.clone().requires_grad_() for n, x in tensors.items() if n in ("s", "c", "g")}
