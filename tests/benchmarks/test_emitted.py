@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,12 @@ def test_a_file_that_fails_its_own_test_is_told(tmp_path: Path) -> None:
     bad.write_text("import sys\nprint('FAILED: a row')\nsys.exit(1)\n")
     assert emitted._own_test(good) == "passed"
     assert emitted._own_test(bad) == "FAILED: a row"
+
+
+def test_the_committed_results_leave_no_spec_without_a_kernel_that_passes_its_test() -> None:
+    import emitted
+
+    totals = json.loads(emitted.RESULTS.read_text(encoding="utf-8"))["totals"]
+    assert totals["computations"] >= 50
+    assert totals["computations with a kernel"] == totals["computations"]
+    assert totals["self tests"] == {"passed": totals["computations"], "run": totals["computations"]}
