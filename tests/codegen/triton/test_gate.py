@@ -68,11 +68,11 @@ EXCEPTIONS = (
         in_loops=5,
     ),
     Known(
-        r" tangent kernel sm_(80|100) 3\.6\.0$",
-        "one value of a loop, with the older compiler",
+        r" tangent kernel sm_(80|100) ",
+        "up to four values of a loop: two outputs are carried, and four tensors loaded in a turn",
         stack=40,
         spills=22,
-        in_loops=1,
+        in_loops=4,
     ),
 )
 
@@ -103,13 +103,11 @@ def test_the_table_is_of_the_kernels_as_they_are_emitted_now(
     assert OLDEST in versions, f"{OLDEST} is missing: run make gate"
     assert len(versions) == 2, f"expected {OLDEST} and one newer, found {versions}: run make gate"
     found = {(r["case"], r["kind"], r["triton"], r["target"], r["fingerprint"]) for r in table}
-    now = {
-        (case, kind, version, target, gate.fingerprint(kernel.source))
-        for case, spec in gate.specs().items()
-        for kind, kernel in gate.kernels(case, spec).items()
-        for version in versions
-        for target, _ in programs(kernel)
-    }
+    now = set()
+    for case, spec in gate.specs().items():
+        for kind, kernel in gate.kernels(case, spec).items():
+            mark, targets = gate.fingerprint(kernel.source), {target for target, _ in programs(kernel)}
+            now |= {(case, kind, version, target, mark) for version in versions for target in targets}
     stale = sorted({" ".join(row[:3]) for row in found ^ now})
     assert not stale, f"{len(stale)} entries are of other kernels, such as {stale[:3]}: run make gate"
     assert len({gate.identity(row) for row in table}) == len(table)
@@ -135,7 +133,8 @@ def test_halves_are_multiplied_by_tensor_cores(gate: ModuleType, table: list[Row
     half = [r for r in table if specs[r["case"]].q.dtype != torch.float32 and not r["error"]]
     bad = [name(r) for r in half if r["kind"] == "forward" and not r[BEST[r["target"]]]]
     assert not bad, bad
-    assert not [name(r) for r in half if not any(r[m] for m in BEST.values())]
+    multiply = [r for r in half if r["program"].split()[0] not in ("combine", "rows_kernel")]
+    assert not [name(r) for r in multiply if not any(r[m] for m in BEST.values())]
 
 
 @pytest.mark.slow
