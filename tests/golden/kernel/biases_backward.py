@@ -5,7 +5,7 @@ kind    backward
 formula p = exp(s - lse), s = steps(q @ k^T); dv = p^T @ dout, ds = p * (dout @ v^T - delta) with
         delta = rowsum(dout * out) - dlse, and back through the steps: dq = ds @ k, dk = ds^T @ q; p is computed again
 source  FlashAttention-2 (arXiv:2307.08691), algorithm 2, with one kernel for dq and one for dk and dv
-key     44566990520be3d0
+key     95c557ae79591961
 
 Layouts: q [B, H, Sq, 32], k [B, Hkv, Sk, 32], v [B, Hkv, Sk, 32]; out and dout [B, H, Sq, 32]; lse and dlse
 [B, H, Sq] in fp32. Any strides; a gradient has the shape and the dtype of its tensor.
@@ -35,7 +35,7 @@ CONFIGS = {
     "sm_86": (32, 32, 8, 2),
     "sm_90": (32, 32, 8, 2),
     "sm_100": (32, 32, 8, 2),
-    "gfx942": (32, 32, 4, 2),
+    "gfx942": (64, 32, 4, 2),
     "interpreter": (32, 32, 1, 1),
 }
 # Likewise, of the programs that hold keys

@@ -40,7 +40,7 @@ CONFIGS = {
     "sm_86": (32, 32, 8, 2),
     "sm_90": (32, 32, 8, 2),
     "sm_100": (32, 32, 8, 2),
-    "gfx942": (32, 32, 4, 2),
+    "gfx942": (64, 32, 4, 2),
     "interpreter": (32, 32, 1, 1),
 }
 # Likewise, of the programs that hold keys
