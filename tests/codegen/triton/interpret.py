@@ -14,6 +14,7 @@ import io
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from attnc.codegen.triton.store import load
 from attnc.ir import AttentionSpec, Kernel, RoundedSoftmax
 from attnc.printer import parse
 
+RAISED = 3
+"""The exit code of a child process that ended with an exception."""
 LENGTHS = {torch.float32: ((1, 1), (63, 17), (65, 65), (129, 129)), torch.float16: ((17, 63), (65, 65))}
 BREAKS = (
     ("causal", "        keep = ki <= qi", "        keep = ki < qi"),
@@ -138,6 +141,34 @@ def self_test(kernel: Kernel) -> dict[str, object]:
     return {"code": code, "text": text.getvalue()}
 
 
+def broken_file(kernel: Kernel, at: int, old: str, new: str) -> Kernel:
+    """Return a kernel with a piece of its file replaced; ``at`` tells broken files apart."""
+    assert old in kernel.source, f"{kernel.name} has no {old!r} to break"
+    return dataclasses.replace(kernel, source=kernel.source.replace(old, new), key=f"broken{at}")
+
+
+def notices(kernel: Kernel, at: int, old: str, new: str) -> bool:
+    """Say whether some small case of the self-test fails, or crashes, once the file is broken."""
+    check = load(broken_file(kernel, at, old, new))._check
+    return in_child(lambda: not all(check(case, torch.device("cpu"))[1] for case in (1, 2, 3))) != 0
+
+
+def in_child(act: Callable[[], int]) -> int:
+    """Return what ``act`` does, as the exit code of a process of its own, which a wrong address may crash."""
+    child = os.fork()
+    if child == 0:
+        code = RAISED
+        try:
+            code = int(act())
+        except Exception:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code != RAISED, "a child process raised, see above"
+    return code
+
+
 def main() -> None:
     numpy.seterr(all="ignore")
     torch.set_num_threads(1)
@@ -151,9 +182,7 @@ def main() -> None:
                 result = compare(cast(spec, dtype), sq, sk)
                 print(json.dumps({"run": f"{name} {dtype} {sq} {sk}", **result}), flush=True)
     for at, (name, old, new) in enumerate(BREAKS):
-        kernel = emit(specs[name], name=name)
-        assert old in kernel.source, f"{name} has no {old!r} to break"
-        broken = dataclasses.replace(kernel, source=kernel.source.replace(old, new), key=f"broken{at}")
+        broken = broken_file(emit(specs[name], name=name), at, old, new)
         print(json.dumps({"run": f"broken {name}: {old} -> {new}", **self_test(broken)}), flush=True)
 
 

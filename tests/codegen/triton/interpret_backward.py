@@ -8,16 +8,10 @@ in fp64.  With ``broken``, some files are broken on purpose, and the self-test h
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import io
 import json
-import os
 import sys
-from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"
-
+import interpret  # sets TRITON_INTERPRET, so it comes before anything that imports triton
 import numpy
 import torch
 
@@ -153,34 +147,17 @@ def alone(spec: AttentionSpec) -> list[bool]:
     ]
 
 
-def self_test(spec: AttentionSpec, name: str) -> dict[str, object]:
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text):
-        code = load(emit(spec, name=name, kind="backward")).main()
-    return {"code": code, "text": text.getvalue()}
-
-
-def notices(spec: AttentionSpec, name: str, at: int, old: str, new: str) -> bool:
-    """Say whether some case of the self-test fails once the file is broken."""
-    kernel = emit(spec, name=name, kind="backward")
-    assert old in kernel.source, f"{name} has no {old!r} to break"
-    broken = dataclasses.replace(kernel, source=kernel.source.replace(old, new), key=f"broken{at}")
-    return not all(load(broken)._check(case, torch.device("cpu"))[1] for case in (1, 2, 3))
-
-
 def main(names: list[str]) -> None:
     numpy.seterr(all="ignore")
     torch.set_num_threads(1)
-    lines = Path(__file__).with_name("corpus.txt").read_text(encoding="utf-8").splitlines()
-    texts = dict(line.split(" ", 1) for line in lines if not line.startswith("#"))
-    corpus = {n: parse(s) for n, s in {**texts, **SHARES}.items()}
+    corpus = {**interpret.corpus(), **{name: parse(text) for name, text in SHARES.items()}}
     for name, spec in corpus.items():
         if name not in names:
             continue
-        print(json.dumps({"run": f"self-test {name}", **self_test(spec, name)}), flush=True)
+        result = interpret.self_test(emit(spec, name=name, kind="backward"))
+        print(json.dumps({"run": f"self-test {name}", **result}), flush=True)
         for dtype, lengths in (SHORT if "short" in names else LENGTHS).items():
-            cast = [dataclasses.replace(o, dtype=dtype) for o in (spec.q, spec.k, spec.v)]
-            typed = dataclasses.replace(spec, q=cast[0], k=cast[1], v=cast[2])
+            typed = interpret.cast(spec, dtype)
             for sq, sk in lengths:
                 if name == "packed" and sq != sk:
                     continue
@@ -192,7 +169,7 @@ def main(names: list[str]) -> None:
         print(json.dumps({"run": "every_axis torch.float32 17 63", **result}), flush=True)
     broken = BREAKS if "broken" in names else BREAKS_SHARES if "broken_shares" in names else ()
     for at, (name, old, new) in enumerate(broken):
-        found = notices(corpus[name], name, at, old, new)
+        found = interpret.notices(emit(corpus[name], name=name, kind="backward"), at, old, new)
         print(json.dumps({"run": f"broken {name}: {old} -> {new}", "noticed": found}), flush=True)
 
 

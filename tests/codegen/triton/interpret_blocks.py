@@ -7,7 +7,6 @@ and some files are broken on purpose. Prints one JSON line per run.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -101,9 +100,7 @@ def runs(names: list[str]) -> Iterator[tuple[str, dict[str, object]]]:
     for name in ("causal", "biases"):
         yield f"merged {name}", merge(corpus[name])
     for at, (name, old, new) in enumerate(BREAKS):
-        kernel = emit(corpus[name], name=name, kind="blocks")
-        assert old in kernel.source, f"{name} has no {old!r} to break"
-        broken = dataclasses.replace(kernel, source=kernel.source.replace(old, new), key=f"broken{at}")
+        broken = interpret.broken_file(emit(corpus[name], name=name, kind="blocks"), at, old, new)
         yield f"broken {name}: {old} -> {new}", interpret.self_test(broken)
 
 

@@ -11,16 +11,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import sys
 
 import numpy
 import torch
-from interpret import cast, compare, corpus, self_test
+from interpret import cast, compare, corpus, in_child, self_test
 
 from attnc.codegen.triton import emit
 from attnc.codegen.triton.store import load
-from attnc.ir import AttentionSpec, Kernel
+from attnc.ir import AttentionSpec
 
 QUICK = (
     (torch.float32, 1, 17, 1),
@@ -121,15 +120,8 @@ def run_broken(specs: dict[str, AttentionSpec], kind: str) -> None:
         broken = dataclasses.replace(
             kernel, source=head.replace(old, new) + start + check, key=f"{kind}_broken{at}"
         )
-        print(json.dumps({"run": f"broken {name}: {old} -> {new}", "code": outcome(broken)}), flush=True)
-
-
-def outcome(kernel: Kernel) -> int:
-    """Return the exit code of a self-test in a process of its own: following a wrong page may crash it."""
-    child = os.fork()
-    if child == 0:
-        os._exit(int(self_test(kernel)["code"]))
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        code = in_child(lambda file=broken: self_test(file)["code"])
+        print(json.dumps({"run": f"broken {name}: {old} -> {new}", "code": code}), flush=True)
 
 
 def main() -> None:

@@ -123,14 +123,6 @@ def masks() -> bool:
     return same
 
 
-def notices(spec: AttentionSpec, kind: str, at: int, old: str, new: str) -> bool:
-    """Say whether some case of the self-test fails once the file is broken."""
-    kernel = emit(spec, name="broken", kind=kind)
-    assert old in kernel.source, f"{kind} has no {old!r} to break"
-    broken = dataclasses.replace(kernel, source=kernel.source.replace(old, new), key=f"broken{at}")
-    return not all(load(broken)._check(case, torch.device("cpu"))[1] for case in (1, 2, 3))
-
-
 def main(names: list[str]) -> None:
     numpy.seterr(all="ignore")
     torch.set_num_threads(1)
@@ -151,7 +143,7 @@ def main(names: list[str]) -> None:
     if "masks" in names:
         print(json.dumps({"run": "masks", "same": masks()}), flush=True)
     for at, (kind, old, new) in enumerate(BREAKS if "broken" in names else ()):
-        found = notices(corpus["causal"], kind, at, old, new)
+        found = interpret.notices(emit(corpus["causal"], name="broken", kind=kind), at, old, new)
         print(json.dumps({"run": f"broken {kind}: {old} -> {new}", "noticed": found}), flush=True)
 
 

@@ -8,16 +8,10 @@ the self-test has to notice.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import io
 import json
-import os
 import sys
-from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"
-
+import interpret  # sets TRITON_INTERPRET, so it comes before anything that imports triton
 import numpy
 import torch
 from interpret_backward import draw
@@ -27,7 +21,6 @@ from attnc.codegen.triton import emit
 from attnc.codegen.triton.launch import run_tangent
 from attnc.codegen.triton.store import load
 from attnc.ir import AttentionSpec
-from attnc.printer import parse
 
 LENGTHS = {torch.float32: ((17, 63), (65, 65)), torch.float16: ((33, 129), (65, 65))}
 SHORT = {torch.float32: ((17, 63),), torch.float16: ((65, 65),)}
@@ -97,33 +90,17 @@ def absent(spec: AttentionSpec) -> list[bool]:
     return same
 
 
-def self_test(spec: AttentionSpec, name: str) -> dict[str, object]:
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text):
-        code = load(emit(spec, name=name, kind="tangent")).main()
-    return {"code": code, "text": text.getvalue()}
-
-
-def notices(spec: AttentionSpec, name: str, at: int, old: str, new: str) -> bool:
-    """Say whether some case of the self-test fails once the file is broken."""
-    kernel = emit(spec, name=name, kind="tangent")
-    assert old in kernel.source, f"{name} has no {old!r} to break"
-    broken = dataclasses.replace(kernel, source=kernel.source.replace(old, new), key=f"broken{at}")
-    return not all(load(broken)._check(case, torch.device("cpu"))[1] for case in (1, 2, 3))
-
-
 def main(names: list[str]) -> None:
     numpy.seterr(all="ignore")
     torch.set_num_threads(1)
-    lines = (Path(__file__).parent / "corpus.txt").read_text(encoding="utf-8").splitlines()
-    corpus = {n: parse(s) for n, _, s in (line.partition(" ") for line in lines if not line.startswith("#"))}
+    corpus = interpret.corpus()
     for name, spec in corpus.items():
         if name not in names:
             continue
-        print(json.dumps({"run": f"self-test {name}", **self_test(spec, name)}), flush=True)
+        result = interpret.self_test(emit(spec, name=name, kind="tangent"))
+        print(json.dumps({"run": f"self-test {name}", **result}), flush=True)
         for dtype, lengths in (SHORT if "short" in names else LENGTHS).items():
-            cast = [dataclasses.replace(o, dtype=dtype) for o in (spec.q, spec.k, spec.v)]
-            typed = dataclasses.replace(spec, q=cast[0], k=cast[1], v=cast[2])
+            typed = interpret.cast(spec, dtype)
             for sq, sk in lengths:
                 if name == "packed" and sq != sk:
                     continue
@@ -132,7 +109,7 @@ def main(names: list[str]) -> None:
         if name == "expression":
             print(json.dumps({"run": f"absent {name}", "same": absent(spec)}), flush=True)
     for at, (name, old, new) in enumerate(BREAKS if "broken" in names else ()):
-        found = notices(corpus[name], name, at, old, new)
+        found = interpret.notices(emit(corpus[name], name=name, kind="tangent"), at, old, new)
         print(json.dumps({"run": f"broken {name}: {old} -> {new}", "noticed": found}), flush=True)
 
 

@@ -7,7 +7,6 @@ files are broken on purpose. Prints one JSON line per run.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -80,9 +79,7 @@ def runs(names: list[str]) -> Iterator[tuple[str, dict[str, object]]]:
         for dtype, lengths in CASES.items():
             yield f"{name} {dtype} {lengths}", compare(interpret.cast(corpus[name], dtype), lengths)
     for at, (name, old, new) in enumerate(BREAKS):
-        kernel = emit(corpus[name], name=name, kind="varlen")
-        assert old in kernel.source, f"{name} has no {old!r} to break"
-        broken = dataclasses.replace(kernel, source=kernel.source.replace(old, new), key=f"broken{at}")
+        broken = interpret.broken_file(emit(corpus[name], name=name, kind="varlen"), at, old, new)
         yield f"broken {name}: {old} -> {new}", interpret.self_test(broken)
 
 

@@ -8,7 +8,6 @@ notice.  Prints one JSON line per run.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -125,14 +124,6 @@ def alone(spec: AttentionSpec) -> list[bool]:
     ]
 
 
-def notices(spec: AttentionSpec, name: str, at: int, old: str, new: str) -> bool:
-    """Say whether some case of the self-test fails once the file is broken."""
-    kernel = emit(spec, name=name, kind="varlen_backward")
-    assert old in kernel.source, f"{name} has no {old!r} to break"
-    broken = dataclasses.replace(kernel, source=kernel.source.replace(old, new), key=f"broken{at}")
-    return not all(load(broken)._check(case, torch.device("cpu"))[1] for case in (1, 2, 3))
-
-
 def runs(names: list[str]) -> Iterator[tuple[str, dict[str, object]]]:
     own = {name: parse(text) for name, text in SHARES.items()}
     specs = {**interpret.corpus(), **own, "every_axis": parse(EVERY_AXIS)}
@@ -144,7 +135,8 @@ def runs(names: list[str]) -> Iterator[tuple[str, dict[str, object]]]:
     if "every_axis" in names:
         yield "alone", {"alone": alone(specs["every_axis"])}
     for at, (name, old, new) in enumerate(BREAKS if "broken" in names else ()):
-        yield f"broken {name}: {old} -> {new}", {"noticed": notices(specs[name], name, at, old, new)}
+        kernel = emit(specs[name], name=name, kind="varlen_backward")
+        yield f"broken {name}: {old} -> {new}", {"noticed": interpret.notices(kernel, at, old, new)}
 
 
 def main() -> None:
