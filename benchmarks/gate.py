@@ -20,6 +20,7 @@ import ast
 import csv
 import hashlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -190,14 +191,15 @@ def measure(case: str, spec: AttentionSpec, kept: Iterable[str] = ()) -> list[Ro
     return rows
 
 
-def measure_all(todo: dict[str, AttentionSpec], kept: list[Row], jobs: int) -> Iterator[Row]:
-    """Yield the rows of every spec, kept or from ``jobs`` processes, in order."""
+def measure_all(
+    todo: dict[str, AttentionSpec], kept: list[Row], jobs: int
+) -> Iterator[tuple[str, list[Row]]]:
+    """Yield every spec's name and rows, kept or from ``jobs`` processes, in order."""
     prints = [{r["fingerprint"] for r in kept if r["case"] == case} for case in todo]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         for case, rows in zip(todo, pool.map(measure, todo, todo.values(), prints), strict=True):
             now = {fingerprint(kernel.source) for kernel in kernels(case, todo[case]).values()}
-            yield from (r for r in kept if r["case"] == case and r["fingerprint"] in now)
-            yield from rows
+            yield case, [r for r in kept if r["case"] == case and r["fingerprint"] in now] + rows
 
 
 def read(table: Path = TABLE) -> list[Row]:
@@ -270,17 +272,18 @@ def main() -> None:
     todo = {n: s for n, s in specs().items() if not a.only or re.search(a.only, n)}
     version = result["versions"]["triton"]
     kept = [] if a.again else [r for r in before.values() if r["triton"] == version]
-    start, rows = time.monotonic(), []
+    start, found = time.monotonic(), {}
     try:
-        for row in measure_all(todo, kept, a.jobs):
-            rows.append(row)
-            _print(row, before.get(identity(row)))
+        for case, rows in measure_all(todo, kept, a.jobs):
+            found[case] = rows
+            for row in rows:
+                _print(row, before.get(identity(row)))
     finally:
         if not a.only:  # where it is interrupted, the next run goes on from here
-            done = (
-                {row["case"] for row in rows} if len({row["case"] for row in rows}) < len(todo) else specs()
-            )
-            write([*rows, *(r for r in before.values() if r["triton"] != version or r["case"] not in done)])
+            left = todo.keys() - found.keys()
+            old = (r for r in before.values() if r["triton"] != version or r["case"] in left)
+            write([*itertools.chain(*found.values()), *old])
+    rows = [*itertools.chain(*found.values())]
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     result |= {
         "seconds": round(time.monotonic() - start),
@@ -293,7 +296,7 @@ def main() -> None:
         "at_fault": sum(faults(r) is not None for r in rows),
     }
     print(json.dumps(result))
-    if a.only:
+    if a.only or not result["compiled"]:
         return
     kept = json.loads(SUMMARY.read_text()) if SUMMARY.is_file() else {}
     SUMMARY.write_text(json.dumps(dict(sorted((kept | {version: result}).items())), indent=1) + "\n")
