@@ -9,7 +9,15 @@ from torch import fx
 from attnc.expr import ONE, ZERO, index, indices
 from attnc.ir import Normalizer
 from attnc.passes.detect.env import step_into
-from attnc.passes.detect.graph import argument, base_name, is_float_cast, op_name, shape, tensor_of
+from attnc.passes.detect.graph import (
+    argument,
+    base_name,
+    is_float_cast,
+    normal_dims,
+    op_name,
+    shape,
+    tensor_of,
+)
 from attnc.passes.detect.views import At, Index, stepped
 
 
@@ -36,9 +44,9 @@ class Anchor:
 
     With ``denominator`` set the weights are not divided yet: the value contraction's result is divided by
     that node later. ``sink`` is where a logit beside the scores enters the denominator. ``bare`` says that
-    the scores' own exponentials are summed, no maximum taken off; ``rounds`` that the log-sum-exp itself is
-    subtracted, which loses a row's count of keys in rounding where all its scores are huge. ``inner`` are the
-    nodes between scores and weights, weights included.
+    exponentials are summed from which the row's own maximum was not taken off; ``rounds`` that the log-sum-
+    exp itself is subtracted, which loses a row's count of keys in rounding where all its scores are huge.
+    ``inner`` are the nodes between scores and weights, weights included.
     """
 
     weights: fx.Node
@@ -79,24 +87,28 @@ def source_of(at: At) -> tuple[At, tuple[fx.Node, ...]]:
         at = following
 
 
-def without_row_maximum(src: fx.Node, dim: int) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+def without_maximum(src: fx.Node, dim: int) -> tuple[fx.Node, tuple[fx.Node, ...], bool]:
     """Return ``s`` and the nodes passed for ``s - m``, ``m`` a maximum of ``s``; else the node itself.
 
-    ``m`` must be the same along the normalized axis, whichever axes the maximum was taken over.
+    ``m`` must be the same along the normalized axis, whichever axes the maximum was taken over. The third
+    value says that it is the maximum of the row: then the row's greatest exponential is 1, which that of a
+    maximum over more axes does not promise.
     """
     if base_name(src) != "sub" or argument(src, 2, "alpha", 1) != 1:
-        return src, ()
+        return src, (), False
     s, m = src.args[:2]
     if not isinstance(s, fx.Node) or not isinstance(m, fx.Node) or tensor_of(m) is None:
-        return src, ()
+        return src, (), False
     here = anywhere(src)
     found, passed = source_of(step_into(At(src, here), m))
     if base_name(found.node) not in ("amax", "max") or found.node.args[0] is not s or shape(s) != shape(src):
-        return src, ()
+        return src, (), False
     along = set(indices(here[dim]))
     if any(along & set(indices(x)) for x in found.index):
-        return src, ()
-    return s, (src, *passed, found.node)
+        return src, (), False
+    dims = argument(found.node, 1, "dim")
+    own = isinstance(dims, int | list | tuple) and normal_dims(dims, len(shape(s))) == (dim,)
+    return s, (src, *passed, found.node), own
 
 
 def divisor_of(node: fx.Node, numerator: fx.Node, index: Index) -> tuple[At, tuple[fx.Node, ...]] | None:

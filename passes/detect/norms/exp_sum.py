@@ -28,7 +28,7 @@ from attnc.passes.detect.graph import (
     tensor_of,
     users,
 )
-from attnc.passes.detect.norms.anchor import Anchor, anywhere, divisor_of, source_of, without_row_maximum
+from attnc.passes.detect.norms.anchor import Anchor, anywhere, divisor_of, source_of, without_maximum
 from attnc.passes.detect.views import At
 
 
@@ -39,12 +39,16 @@ def find(graph: fx.Graph) -> list[Anchor]:
 
 @dataclass(frozen=True, slots=True)
 class _Sum:
-    """A row's sum of exponentials of ``scores``: the node that divides, what lies before it, its sink."""
+    """A row's sum of exponentials of ``scores``: the node that divides, what lies before it, its sink.
+
+    ``bare`` is that of the ``Anchor``.
+    """
 
     node: fx.Node
     scores: fx.Node
     sink: float | None
     inner: tuple[fx.Node, ...]
+    bare: bool = True
 
 
 def _of_exp(exp: fx.Node) -> list[Anchor]:
@@ -60,7 +64,7 @@ def _of_exp(exp: fx.Node) -> list[Anchor]:
         for whole in _sums(src, total, dim):
             inner = (*whole.inner, exp)
             early = [(u, path) for u in users(exp) if (path := _divides(u, exp, whole.node, dim)) is not None]
-            norm, bare = Softmax(whole.sink), whole.scores is src
+            norm, bare = Softmax(whole.sink), whole.bare
             if early:
                 division, between = early[0]
                 nodes = (*inner, total, whole.node, *between, division)
@@ -72,29 +76,28 @@ def _of_exp(exp: fx.Node) -> list[Anchor]:
 
 def _sums(src: fx.Node, total: fx.Node, dim: int) -> list[_Sum]:
     """Return what ``total``, the sum of ``exp(src)``, may divide as: itself, bounded, or with a sink."""
-    scores, peeled = without_row_maximum(src, dim)
-    normal = scores is not src
+    scores, peeled, own = without_maximum(src, dim)
     out: list[_Sum] = []
     edited = False
     for u in users(total):
-        if base_name(u) in ("clamp", "clamp_min") and normal:
+        if base_name(u) in ("clamp", "clamp_min") and own:
             edited, low = True, ratio_of_numbers(argument(u, 1, "min"))
             if low is not None and low <= 1 and argument(u, 2, "max") is None:
-                out.append(_Sum(u, scores, None, peeled))
+                out.append(_Sum(u, scores, None, peeled, bare=False))
         if base_name(u) != "add" or argument(u, 2, "alpha", 1) != 1:
             continue
         other = u.args[1] if u.args[0] is total else u.args[0]
         n, t = ratio_of_numbers(other), tensor_of(total)
         assert t is not None, "a sum is a tensor"
         edited = edited or n is not None
-        if n is not None and normal and 0 <= n <= torch.finfo(t.dtype).eps / 2:
-            out.append(_Sum(u, scores, None, peeled))
-        elif n is not None and n > 0 and not normal:
+        if n is not None and own and 0 <= n <= torch.finfo(t.dtype).eps / 2:
+            out.append(_Sum(u, scores, None, peeled, bare=False))
+        elif n is not None and n > 0 and scores is src:
             out.append(_Sum(u, scores, math.log(n), ()))
         elif (shifted := _one_at_the_shift(src, u, other, dim)) is not None:
             edited = True
             out.append(_Sum(u, shifted[0], 0.0, shifted[1]))
-    return out if edited else [_Sum(total, scores, None, peeled)]
+    return out if edited else [_Sum(total, scores, None, peeled, bare=not own)]
 
 
 def _one_at_the_shift(

@@ -16,7 +16,7 @@ from attnc.passes.detect.graph import (
     shape,
     tensor_of,
 )
-from attnc.passes.detect.norms.anchor import Anchor, without_row_maximum
+from attnc.passes.detect.norms.anchor import Anchor, without_maximum
 
 _OPS = frozenset({"softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax"})
 
@@ -41,7 +41,7 @@ def find(graph: fx.Graph) -> list[Anchor]:
         typed = not base_name(node).startswith("_") or "safe" in base_name(node)
         dtype = argument(node, 2, "dtype") if typed else None
         upcast = dtype in (torch.float32, torch.float64) and t.dtype != dtype
-        scores, peeled = without_row_maximum(src, dim)
+        scores, peeled, _ = without_maximum(src, dim)
         zeroed = _zeroed_where_all_hidden(weights, src, dim) or _zeroed_where_nan(weights)
         if zeroed is not None:
             weights, inner = zeroed[0], [*inner, *zeroed]

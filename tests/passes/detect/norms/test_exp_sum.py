@@ -57,6 +57,8 @@ def test_division_by_the_sum_of_the_row(f):
         lambda x: (e := x.exp()) / e.sum(-1, True).clamp(min=1e-6),
         lambda x: (e := (x - x.amax(-1, True)).exp()) / e.sum(-1, True).clamp(min=1.5),
         lambda x: (e := (x - x.amax(-1, True)).exp()) / (e.sum(-1, True) + 1e-3),
+        lambda x: (e := (x - x.amax((-1, -2), True)).exp()) / e.sum(-1, True).clamp(min=1e-6),
+        lambda x: (e := (x - x.max()).exp()) / (e.sum(-1, True) + 1e-9),
         lambda x: (e := (x - x.amax(-1, True)).exp()) / (e.sum(-1, True) + x.amax(-1, True).exp()),
         lambda x: (e := x.exp()) * e.sum(-1, True),
         lambda x: (e := x.exp()).neg() / e.sum(-1, True),
@@ -64,6 +66,20 @@ def test_division_by_the_sum_of_the_row(f):
 )
 def test_any_other_division_is_none(f):
     assert not [a for a in anchors(f) if a.denominator is None]
+
+
+@pytest.mark.parametrize(
+    ("f", "bare"),
+    [
+        (lambda x: (e := (x - x.amax(-1, True)).exp()) / e.sum(-1, True), False),
+        (lambda x: (e := (x - x.max(-1, True)[0]).exp()) / e.sum(-1, True), False),
+        (lambda x: (e := (x - x.amax((-1, -2), True)).exp()) / e.sum(-1, True), True),
+        (lambda x: (e := (x - x.max()).exp()) / e.sum(-1, True), True),
+        (lambda x: (e := x.exp()) / e.sum(-1, True), True),
+    ],
+)
+def test_only_the_maximum_of_the_row_itself_keeps_the_sum_from_vanishing(f, bare):
+    assert [a.bare for a in anchors(f)] == [bare]
 
 
 def test_one_more_in_the_denominator_is_a_sink_of_zero():
