@@ -30,7 +30,7 @@ _OTHER = {"top": 'float("inf")', "share": "1.0", "delta": "0.0"}
 
 def fill_holes(spec: AttentionSpec, configs: dict[str, Config], layout: Layout = BACKWARD) -> dict[str, Any]:
     """Return the value of every named hole, for a canonical spec and a layout with ``out`` and ``dout``."""
-    frame = holes.fill_holes(spec, configs, descriptors=False, layout=layout)
+    frame = holes.fill_holes(spec, configs, layout=layout, view=_keys(spec, layout))
     own = _Backward(spec, frame, layout)
     return {
         **frame,
@@ -72,7 +72,12 @@ def captured_grads(spec: AttentionSpec, inputs: tuple[Input, ...]) -> list[Grad]
     return [Grad(x, at[x.operand.name]) for x in inputs if x.role in ("bias", "gain", "side")]
 
 
-def _queries(spec: AttentionSpec, inputs: list[Input]) -> tiles.View:
+def _keys(spec: AttentionSpec, layout: Layout) -> tiles.View:
+    """Return how a tile of queries looks at keys; packed sequences are no documents of each other."""
+    return tiles.KEYS if layout.is_packed else tiles.bounded(spec.mask)
+
+
+def _queries(spec: AttentionSpec, inputs: list[Input], layout: Layout) -> tiles.View:
     """Return how a tile of keys looks at queries.
 
     A key past the end is in nobody's way unless captured tensors are read there.  A query past the end is a
@@ -81,7 +86,8 @@ def _queries(spec: AttentionSpec, inputs: list[Input]) -> tiles.View:
     loads_keys = any(x.per_tile for x in inputs)
     strange = isinstance(spec.norm, WEIGHED) or any(isinstance(s, Pointwise) for s in spec.scores)
     view = tiles.QUERIES if loads_keys else replace(tiles.QUERIES, whole="")
-    return replace(view, runs_over=not strange)
+    view = replace(view, runs_over=not strange)
+    return view if layout.is_packed else tiles.bounded(spec.mask, view, "reach_k")
 
 
 class _Backward:
@@ -101,7 +107,7 @@ class _Backward:
         if isinstance(spec.norm, WEIGHED):
             self.stats = ["share", "delta"] if isinstance(spec.norm, Normalized) else []
         self.found = captured_grads(spec, self.inputs)
-        self.queries = _queries(spec, self.pair_inputs)
+        self.keys, self.queries = _keys(spec, layout), _queries(spec, self.pair_inputs, layout)
 
     def of_kind(self, kind: str) -> list[Grad]:
         return [g for g in self.found if g.kind == kind]
@@ -250,7 +256,7 @@ class _Backward:
             seen.append(f"({spread['here']})")
         everything = tiles.outer(mask) == (tiles.EVERYTHING,) or not tiles.may_skip(fill)
         return {
-            "dq_loops": tiles.loops(mask, fill, add_keys),
+            "dq_loops": tiles.loops(mask, fill, add_keys, self.keys),
             "dq_spread": spread is not None and not stops,
             "dq_everything": self._every_key(add_keys(True)),
             "dkdv_bounds": [x for lines, _ in ranges for x in lines],
@@ -261,7 +267,7 @@ class _Backward:
             "missed": f"{missed} & " if missed else "",
             "spread": spread,
             "base2": self.frame["base2"] or self.frame["extreme"],
-            "tile": _turn(tiles.grows(mask)),
+            "tile": _turn(tiles.grows(mask, self.keys)),
             "keys_tile": _turn(tiles.grows(mask, self.queries)),
             "pair_bounds": []
             if everything
@@ -330,6 +336,7 @@ class _Backward:
         refined, settled = self.refines, ["dlse"] if self._refined()["settled"] else []
         rows_in = [*(["q", "k", "v"] if refined else []), "dout", "out"]
         seeds = self.frame["seeds"]
+        reach, reach_k = ([x.reach.name] if x.reach else [] for x in (self.keys, self.queries))
         dq_out = ["dq", *(f"d_{x.name}" for x in (*out["rows"], *out["pairs"]))]
         dkdv_out = ["dk", "dv", *(f"d_{x.name}" for x in out["columns"])]
         return {
@@ -341,9 +348,15 @@ class _Backward:
                 "heads",
             ),
             "dq_call": self._call(
-                own, [*self.stats, *seeds, *dq_out], self.pair_inputs, "qk" if out["pairs"] else "q", "heads"
+                own,
+                [*reach, *self.stats, *seeds, *dq_out],
+                self.pair_inputs,
+                "qk" if out["pairs"] else "q",
+                "heads",
             ),
-            "dkdv_call": self._call(own, [*self.stats, *seeds, *dkdv_out], self.pair_inputs, "k", "kv_heads"),
+            "dkdv_call": self._call(
+                own, [*reach_k, *self.stats, *seeds, *dkdv_out], self.pair_inputs, "k", "kv_heads"
+            ),
         }
 
     def _call(self, strided: list[str], plain: list[str], inputs: Any, along: str, *counts: str) -> Call:

@@ -16,6 +16,7 @@ from attnc.codegen.triton.heads import Part, head_parts
 from attnc.codegen.triton.inputs import Input, atoms, name_inputs
 from attnc.codegen.triton.layout import DENSE, Layout
 from attnc.codegen.triton.pointwise import kernel_lines, reads_positions, torch_lines
+from attnc.codegen.triton.reach import reach, reach_holes
 from attnc.codegen.triton.steps import (
     LEAST,
     LOG2E,
@@ -43,6 +44,8 @@ from attnc.pointwise import names
 
 CASES = ((1, 1, 1, 1), (2, 2, 33, 17), (1, 2, 17, 65), (2, 1, 65, 65), (1, 2, 300, 300), (2, 2, 129, 513))
 """Batch, key/value heads, Sq and Sk of the self-test; the interpreter runs the first four."""
+REACHES = ("reach", "reach_k")
+"""Bounds by ids of the keys that a tile of queries sees, and the other way about."""
 TURNS = ("all_heads", "section")
 """What a kernel is told whose programs take tiles in turns."""
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.bool: "u8"}
@@ -61,12 +64,17 @@ _ROLES = {
 
 
 def fill_holes(
-    spec: AttentionSpec, configs: dict[str, Config], *, descriptors: bool = False, layout: Layout = DENSE
+    spec: AttentionSpec,
+    configs: dict[str, Config],
+    *,
+    descriptors: bool = False,
+    layout: Layout = DENSE,
+    view: tiles.View = tiles.KEYS,
 ) -> dict[str, Any]:
     """Return the value of every named hole of the frame and of the forward kernel, for a canonical spec.
 
     ``descriptors`` says that the kernel has a second way to load keys and values, by tensor descriptors,
-    ``layout`` how its arguments are laid out.
+    ``layout`` how its arguments are laid out, ``view`` how a tile of queries looks at keys.
     """
     inputs = name_inputs(spec)
     return {
@@ -82,9 +90,10 @@ def fill_holes(
         "height": "sk",  # how many rows of keys and values a descriptor reads
         **_check_holes(),
         **_head_holes(spec),
-        **_input_holes(spec, inputs, layout),
+        **_input_holes(spec, inputs, layout, view),
         **_score_holes(spec, inputs),
-        **_loop_holes(spec, inputs, descriptors),
+        **_loop_holes(spec, inputs, descriptors, view),
+        **reach_holes(view.reach, inputs),
         **_weight_holes(spec, inputs),
         **draw_holes(spec),
     }
@@ -137,12 +146,15 @@ def tile_of(part: Part, name: str, letter: str, rows: str) -> dict[str, Any]:
     }
 
 
-def _input_holes(spec: AttentionSpec, inputs: tuple[Input, ...], layout: Layout) -> dict[str, Any]:
+def _input_holes(
+    spec: AttentionSpec, inputs: tuple[Input, ...], layout: Layout, view: tiles.View
+) -> dict[str, Any]:
     """Return parameters, arguments, and samples for the self-test."""
     tensors = [o.name for o in spec.captured]  # canonical names are those of the launcher
     strides = [s for x in inputs for s in x.strides()]
     names = ["q", "k", "v", *tensors, *seeds(spec)]
-    passed = ["q", "k", "v", *(x.name for x in inputs), *seeds(spec), "out", "lse"]
+    bounds = [view.reach.name] if view.reach else []
+    passed = ["q", "k", "v", *(x.name for x in inputs), *bounds, *seeds(spec), "out", "lse"]
     parameters: list[Sequence[str]] = [
         [f"{x}_ptr" for x in passed],
         [f"{x}_ptr" for x in layout.lists],
@@ -207,7 +219,7 @@ def _sample(x: Input | None) -> str:
         return f"torch.rand{shape} < 0.7".replace("(", "(", 1).replace(")", ", generator=g)", 1)
     dtype = str(x.operand.dtype)
     if x.is_integer:
-        return f"torch.randint(0, 3, {shape}, generator=g).to({dtype})"
+        return f"torch.randint(0, 3, {shape}, generator=g).sort(-1)[0].to({dtype})"
     draw = f"torch.randn{shape}".replace(",)", ")").removesuffix(")") + ", generator=g)"
     return f"{draw}.to({dtype})" if x.role != "gain" else f"(1 + 0.3 * {draw}).to({dtype})"
 
@@ -251,7 +263,9 @@ def places(spec: AttentionSpec) -> dict[str, str]:
     return {x: n for n, x in (("b", "batch"), ("h", "head")) if n in read}
 
 
-def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: bool) -> dict[str, Any]:
+def _loop_holes(
+    spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: bool, view: tiles.View
+) -> dict[str, Any]:
     """Return the mask, the loops over keys, and what a tile is given."""
     masked = not isinstance(spec.mask, Full)
     k_parts, v_parts = head_parts(spec)
@@ -273,7 +287,7 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: boo
         return [f"{state} = _tile(", *(f"    {line}" for line in [*given, last]), ")"]
 
     exponential, fill = not isinstance(spec.norm, WEIGHED), visited(spec)
-    floor = tiles.floor(spec.mask, fill) if masked and exponential else None
+    floor = tiles.floor(spec.mask, fill, view) if masked and exponential else None
     return {
         "branches": True,  # a tile is computed with the mask or without it
         "descriptors": descriptors,
@@ -288,12 +302,12 @@ def _loop_holes(spec: AttentionSpec, inputs: tuple[Input, ...], descriptors: boo
         "mask_loads": [input_holes(x) for x in inputs if x.role in ("valid", "seen", "ids") and x.per_tile],
         "unmasked_tile": call(False),
         "masked_tile": call(True),
-        "loops": tiles.loops(spec.mask, fill, call),
+        "loops": tiles.loops(spec.mask, fill, call, view),
         "floor": "" if floor is None else repr(floor),
         "restart": tiles.loop(
             "0", "tl.where(again, sk, 0)", call(True), "tl.range({}, {}, {}, num_stages=1)"
         ),
-        "grows": tiles.grows(spec.mask),
+        "grows": tiles.grows(spec.mask, view),
         "turns": TURNS,
         "reference_keep": tiles.reference_keep(spec.mask, inputs) if masked else "",
         "reference_fill": reference_fill(spec.fill),
@@ -398,6 +412,8 @@ def argument_types(spec: AttentionSpec, layout: Layout = DENSE) -> tuple[dict[st
     types |= {f"{x.name}_ptr": f"*{_TYPES[x.operand.dtype]}" for x in inputs}
     types |= {f"{name}_ptr": "*i32" for name in layout.lists}
     types |= {f"{name}_ptr": "*i64" for name in seeds(spec)}
+    if reach(spec.mask, "") is not None:
+        types |= {f"{name}_ptr": "*i32" for name in REACHES}
     strides = [*layout.strides(), *(x.strides() for x in inputs)]
     ones = {x[-1]: 1 for x in strides if x}
     numbers = [s for x in strides for s in x if s not in ones]

@@ -40,7 +40,8 @@ _AXES = {"q": "bhmd", "k": "bhnd", "v": "bhnd", "tq": "bhmd", "tk": "bhnd", "tv"
 
 def fill_holes(spec: AttentionSpec, configs: dict[str, Config]) -> dict[str, Any]:
     """Return the value of every named hole, for a canonical spec."""
-    frame = holes.fill_holes(spec, configs)
+    view = tiles.bounded(spec.mask)
+    frame = holes.fill_holes(spec, configs, view=view)
     inputs = name_inputs(spec)
     moves = tangent_inputs(inputs)
     found = moved_steps(spec.scores, inputs, base2=not isinstance(spec.norm, WEIGHED))
@@ -49,8 +50,8 @@ def fill_holes(spec: AttentionSpec, configs: dict[str, Config]) -> dict[str, Any
         **frame,
         "start": [*frame["start"], *_start(spec, inputs)],
         **_parts(spec),
-        **_arguments(spec, inputs, moves),
-        **_visits(spec, inputs, moves),
+        **_arguments(spec, inputs, moves, view),
+        **_visits(spec, inputs, moves, view),
         "steps": found.lines,
         "moves": found.moves,
         "weigh_moves": weigh,
@@ -207,10 +208,13 @@ def _row(names: Sequence[str]) -> str:
     return ", ".join(names) + ","
 
 
-def _arguments(spec: AttentionSpec, inputs: tuple[Input, ...], moves: tuple[Input, ...]) -> dict[str, Any]:
+def _arguments(
+    spec: AttentionSpec, inputs: tuple[Input, ...], moves: tuple[Input, ...], view: tiles.View
+) -> dict[str, Any]:
     """Return the parameters and arguments of the kernel, and of its launcher."""
     results = ["out", "lse", "tout", "tlse"]
-    passed = [[*MAIN], [x.name for x in inputs], [x.name for x in moves], results]
+    bounds = [view.reach.name] if view.reach else []
+    passed = [[*MAIN], [x.name for x in inputs], [x.name for x in moves], bounds, results]
     strides = [[s for x in some for s in x.strides()] for some in (inputs, moves)]
     moved = [
         f"_strides({x.name}, {', '.join(str(x.layout.index(a)) for a in x.axes)})" for x in moves if x.axes
@@ -236,7 +240,9 @@ def _arguments(spec: AttentionSpec, inputs: tuple[Input, ...], moves: tuple[Inpu
     }
 
 
-def _visits(spec: AttentionSpec, inputs: tuple[Input, ...], moves: tuple[Input, ...]) -> dict[str, Any]:
+def _visits(
+    spec: AttentionSpec, inputs: tuple[Input, ...], moves: tuple[Input, ...], view: tiles.View
+) -> dict[str, Any]:
     """Return the loops over keys, and what a tile is given."""
     k, v = head_parts(spec)
     sums = [holes.part_names("acc", v), holes.part_names("tacc", v)]
@@ -261,12 +267,12 @@ def _visits(spec: AttentionSpec, inputs: tuple[Input, ...], moves: tuple[Input, 
             "MASKED: tl.constexpr, UPCAST: tl.constexpr,",
             "BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,",
         ],
-        "loops": tiles.loops(spec.mask, holes.visited(spec), call),
+        "loops": tiles.loops(spec.mask, holes.visited(spec), call, view),
         "restart": tiles.loop(
             "0", "tl.where(again, sk, 0)", call(True), "tl.range({}, {}, {}, num_stages=1)"
         ),
         "tile": "tiles - 1 - tl.program_id(0) % tiles"
-        if tiles.grows(spec.mask)
+        if tiles.grows(spec.mask, view)
         else "tl.program_id(0) % tiles",
         "masked": not isinstance(spec.mask, Full),
     }

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from attnc import formula
 from attnc.codegen.triton.formulas import Kernel
 from attnc.codegen.triton.inputs import Input, find
+from attnc.codegen.triton.reach import BOUNDS, Reach, reach
 from attnc.codegen.triton.steps import UNDERFLOW, hidden
 from attnc.errors import UnsupportedError
 from attnc.formula_text import short
@@ -63,7 +64,8 @@ class View:
     ``first`` and ``last`` are the ends of the given tile; ``axis`` is that of the loop, ``at`` the loop's
     variable, ``step`` its tile, ``size`` its length, and ``shift`` what the alignment at the end adds.
     ``whole`` is a condition on the given tile without which its loop needs the mask, '' for none, and
-    ``runs_over`` says that a tile past the end of the loop needs none.
+    ``runs_over`` says that a tile past the end of the loop needs none.  ``reach`` bounds what a tile sees by
+    ids; without it they are only compared pair by pair.
     """
 
     axis: Literal["q", "k"]
@@ -76,6 +78,7 @@ class View:
     title: str
     whole: str = ""
     runs_over: bool = False
+    reach: Reach | None = None
 
 
 KEYS = View(
@@ -102,6 +105,11 @@ QUERIES = View(
     runs_over=True,
 )
 """Queries that see some key of ``n .. n_last``; those past the end are zeros, which weigh nothing."""
+
+
+def bounded(mask: Mask, view: View = KEYS, name: str = "reach") -> View:
+    """Return the view with bounds by the ids that the mask compares, given as ``name``, if there are any."""
+    return replace(view, reach=reach(mask, name))
 
 
 def _merge(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[str, ...]:
@@ -131,6 +139,8 @@ def outer(mask: Mask, view: View = KEYS) -> tuple[Interval, ...]:
             return (_band(mask, last, first, view),)
         case Range(axis) if axis == view.axis:
             return (_range(mask),)
+        case Formula() if view.reach and mask == view.reach.ids:
+            return (Interval(BOUNDS[:1], BOUNDS[1:2]),)
         case Formula():
             return (_coarse(mask, first, last, view),)
         case Range(_, lo, hi):
@@ -155,6 +165,8 @@ def inner(mask: Mask, view: View = KEYS) -> tuple[Interval, ...]:
             return (_band(mask, first, last, view),)
         case Range(axis) if axis == view.axis:
             return (_range(mask),)
+        case Formula() if view.reach and mask == view.reach.ids:
+            return (Interval(BOUNDS[2:3], BOUNDS[3:]),)
         case Formula():
             found = _coarse(mask, last, first, view)
             return () if found == EVERYTHING else (found,)
@@ -268,12 +280,12 @@ def may_skip(fill: Fill) -> bool:
     return fill.value <= (LOW if fill.how == "replace" else FAR)
 
 
-def floor(mask: Mask, fill: Fill) -> float | None:
+def floor(mask: Mask, fill: Fill, view: View = KEYS) -> float | None:
     """Return the base-2 maximum at or below which a row needs all keys, hidden ones too; None if no row can.
 
     Such a row saw nothing, or so little that fills weigh something beside it.
     """
-    if fill.value == -float("inf") or outer(mask) == (EVERYTHING,) or not may_skip(fill):
+    if fill.value == -float("inf") or outer(mask, view) == (EVERYTHING,) or not may_skip(fill):
         return None
     if not may_hide_a_whole_row(mask) and fill.value <= FAR:
         return None
@@ -305,11 +317,13 @@ def loop(
 
 def stretched(mask: Mask, fill: Fill, view: View = KEYS) -> list[tuple[list[str], list[Stretch]]]:
     """Return for each span the lines that name its bounds, and the parts of it: one loop each."""
-    found = spans(mask, fill, view)
-    return [
+    parts = [
         _parts(span, view, tag=f"_{at}" if at else "", previous="hi" if at else None)
-        for at, span in enumerate(found)
+        for at, span in enumerate(spans(mask, fill, view))
     ]
+    if view.reach and parts:
+        parts[0] = (view.reach.lines() + parts[0][0], parts[0][1])
+    return parts
 
 
 def missed(mask: Mask, fill: Fill, view: View = KEYS) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from attnc.codegen.triton import tiles
 from attnc.codegen.triton.bench import TOKENS
 from attnc.codegen.triton.configs import TMA, choose, descriptor_arches
 from attnc.codegen.triton.holes import fill_holes
@@ -16,7 +17,7 @@ _POINTERS = {"UPCAST": False, "DESCRIPTORS": False}
 def _fill(spec: AttentionSpec, configs: Configs) -> dict[str, Any]:
     pointers = choose(spec, descriptors=False)
     return {
-        **fill_holes(spec, configs, descriptors=True),
+        **fill_holes(spec, configs, descriptors=True, view=tiles.bounded(spec.mask)),
         "pointer_configs": [(arch, str(pointers[arch])) for arch in TMA],
         "descriptor_arches": descriptor_arches(spec),
     }

@@ -15,8 +15,9 @@ from attnc.codegen.triton.bench import sdpa_options
 from attnc.codegen.triton.canonical import canonical
 from attnc.codegen.triton.configs import SHARED_LIMIT, Config, choose, shared_bytes
 from attnc.codegen.triton.emit import kind_of, spec_of
-from attnc.codegen.triton.holes import argument_types
+from attnc.codegen.triton.holes import REACHES, argument_types
 from attnc.codegen.triton.inputs import name_inputs
+from attnc.codegen.triton.reach import reach
 from attnc.codegen.triton.store import load, load_apart
 from attnc.errors import CodegenError, UnsupportedError
 from attnc.printer import parse
@@ -151,7 +152,8 @@ def test_the_pointer_type_of_every_kernel_argument_is_known(corpus) -> None:
         )
         names = {a.arg for a in kernel.args.args if not a.annotation}  # the others are constants
         types, ones = argument_types(canonical(spec))
-        assert names | {"all_heads", "section"} == set(types) | set(ones)
+        bounds = {f"{x}_ptr" for x in REACHES if reach(spec.mask, x)}
+        assert names | {"all_heads", "section"} | bounds == set(types) | set(ones)
 
 
 def test_a_bias_that_broadcasts_over_queries_is_loaded_as_one_row(corpus) -> None:

@@ -42,7 +42,6 @@ POINTERS = {  # where tensor descriptors cannot read k or v
     "sm_100": (32, 32, 8, 2),
 }
 DESCRIPTORS = ("sm_90", "sm_100", "interpreter")  # where TMA copies tiles of k and v, if they are aligned
-L2 = 1 << 24  # bytes of keys and values that stay in the L2 cache
 
 
 @triton.jit
@@ -98,83 +97,102 @@ def _tile(
     return acc, l * shrink + tl.sum(p, 1), new_m
 
 
-@triton.jit(do_not_specialize=["heads", "sq", "sk", "all_heads", "section"])
+@triton.jit(do_not_specialize=["heads", "sq", "sk"])
 def documents_kernel(
-    q_ptr, k_ptr, v_ptr, ids0_ptr, ids1_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, ids0_ptr, ids1_ptr, reach_ptr, out_ptr, lse_ptr,
     q_b, q_h, q_m, q_d,
     k_b, k_h, k_n, k_d,
     v_b, v_h, v_n, v_d,
     ids0_b, ids0_q, ids1_b, ids1_k,
-    heads, sq, sk, all_heads, section,
+    heads, sq, sk,
     DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """One program: tiles of BLOCK_M queries of one head, each with all the keys that they may see.
-
-    Programs take tiles in turns, those with the most keys first within each section of heads.
-    """
+    """One program: BLOCK_M queries of one head, and all the keys that they may see."""
     tiles = tl.cdiv(sq, BLOCK_M)
-    for turn in tl.range(tl.program_id(0), tiles * all_heads, tl.num_programs(0), disable_licm=True):
-        before = turn // (tiles * section) * section
-        width = tl.minimum(section, all_heads - before)
-        tile = tiles - 1 - (turn - before * tiles) // width
-        bh = tl.cast(before + (turn - before * tiles) % width, tl.int64)
-        b = bh // heads
-        h = bh % heads
-        first = tile * BLOCK_M
-        last = tl.minimum(first + BLOCK_M, sq) - 1
-        i = tl.arange(0, BLOCK_M)
-        rows = first + i
-        q_at = q_ptr + b * q_b + h * q_h + tl.cast(first, tl.int64) * q_m
-        k_at = k_ptr + b * k_b + h * k_h
-        v_at = v_ptr + b * v_b + h * v_h
-        if DESCRIPTORS:
-            k_at = tl.make_tensor_descriptor(k_at, [sk, 16], [k_n, 1], [BLOCK_N, 16])
-            v_at = tl.make_tensor_descriptor(v_at, [sk, 16], [v_n, 1], [BLOCK_N, 16])
-        ids0_at = ids0_ptr + b * ids0_b + tl.cast(first, tl.int64) * ids0_q
-        ids1_at = ids1_ptr + b * ids1_b
-        d = tl.arange(0, 16)
-        q_tile = q_at + i[:, None] * q_m + d[None, :] * q_d
-        q = tl.load(q_tile, mask=(rows < sq)[:, None], other=0.0)
-        if UPCAST:
-            q = q.to(tl.float32)
-        ids0 = tl.load(ids0_at + i[:, None] * ids0_q, mask=(rows < sq)[:, None], other=0)
+    tile = tl.program_id(0) % tiles
+    bh = tl.cast(tl.program_id(0) // tiles, tl.int64)
+    b = bh // heads
+    h = bh % heads
+    first = tile * BLOCK_M
+    last = tl.minimum(first + BLOCK_M, sq) - 1
+    i = tl.arange(0, BLOCK_M)
+    rows = first + i
+    q_at = q_ptr + b * q_b + h * q_h + tl.cast(first, tl.int64) * q_m
+    k_at = k_ptr + b * k_b + h * k_h
+    v_at = v_ptr + b * v_b + h * v_h
+    if DESCRIPTORS:
+        k_at = tl.make_tensor_descriptor(k_at, [sk, 16], [k_n, 1], [BLOCK_N, 16])
+        v_at = tl.make_tensor_descriptor(v_at, [sk, 16], [v_n, 1], [BLOCK_N, 16])
+    ids0_at = ids0_ptr + b * ids0_b + tl.cast(first, tl.int64) * ids0_q
+    ids1_at = ids1_ptr + b * ids1_b
+    d = tl.arange(0, 16)
+    q_tile = q_at + i[:, None] * q_m + d[None, :] * q_d
+    q = tl.load(q_tile, mask=(rows < sq)[:, None], other=0.0)
+    if UPCAST:
+        q = q.to(tl.float32)
+    ids0 = tl.load(ids0_at + i[:, None] * ids0_q, mask=(rows < sq)[:, None], other=0)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, 16], tl.float32)
+    # By ids: what lies outside see_lo .. see_hi shares no document with this tile, and all in
+    # same_lo .. same_hi is of its only one.
+    see_lo = tl.load(reach_ptr + (b * tiles + tile) * 4)
+    see_hi = tl.load(reach_ptr + (b * tiles + tile) * 4 + 1)
+    same_lo = tl.load(reach_ptr + (b * tiles + tile) * 4 + 2)
+    same_hi = tl.load(reach_ptr + (b * tiles + tile) * 4 + 3)
+    # Some query of this tile may see the keys lo .. hi; all of them see full_lo .. full_hi.
+    lo = tl.maximum(see_lo, 0) // BLOCK_N * BLOCK_N
+    hi = tl.minimum(last + 1, tl.minimum(see_hi, sk))
+    full_lo = tl.cdiv(same_lo, BLOCK_N) * BLOCK_N
+    full_lo = tl.maximum(tl.minimum(full_lo, tl.cdiv(hi, BLOCK_N) * BLOCK_N), lo)
+    full_hi = tl.maximum(tl.minimum(first + 1, tl.minimum(same_hi, hi)) // BLOCK_N * BLOCK_N, full_lo)
+    for n in range(lo, full_lo, BLOCK_N):
+        acc, l, m = _tile(
+            acc, l, m, q, first, n,
+            k_at, k_n, k_d, v_at, v_n, v_d,
+            ids0, ids1_at, ids1_k,
+            sq, sk,
+            MASKED=True, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        )
+    for n in range(full_lo, full_hi, BLOCK_N):
+        acc, l, m = _tile(
+            acc, l, m, q, first, n,
+            k_at, k_n, k_d, v_at, v_n, v_d,
+            ids0, ids1_at, ids1_k,
+            sq, sk,
+            MASKED=False, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        )
+    for n in range(full_hi, hi, BLOCK_N):
+        acc, l, m = _tile(
+            acc, l, m, q, first, n,
+            k_at, k_n, k_d, v_at, v_n, v_d,
+            ids0, ids1_at, ids1_k,
+            sq, sk,
+            MASKED=True, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        )
+    # A query that saw no key spreads over all of them, hidden ones too: such a tile, a rare one, visits everything.
+    again = tl.min(tl.where(rows < sq, m, float("inf")), 0) <= -1.7014117331926443e+38
+    if again:
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, 16], tl.float32)
-        # Some query of this tile may see the keys lo .. hi.
-        lo = 0
-        hi = tl.minimum(last + 1, sk)
-        for n in range(lo, hi, BLOCK_N):
-            acc, l, m = _tile(
-                acc, l, m, q, first, n,
-                k_at, k_n, k_d, v_at, v_n, v_d,
-                ids0, ids1_at, ids1_k,
-                sq, sk,
-                MASKED=True, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-            )
-        # A query that saw no key spreads over all of them, hidden ones too: such a tile, a rare one, visits everything.
-        again = tl.min(tl.where(rows < sq, m, float("inf")), 0) <= -1.7014117331926443e+38
-        if again:
-            m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            l = tl.zeros([BLOCK_M], tl.float32)
-            acc = tl.zeros([BLOCK_M, 16], tl.float32)
-        for n in tl.range(0, tl.where(again, sk, 0), BLOCK_N, num_stages=1):
-            acc, l, m = _tile(
-                acc, l, m, q, first, n,
-                k_at, k_n, k_d, v_at, v_n, v_d,
-                ids0, ids1_at, ids1_k,
-                sq, sk,
-                MASKED=True, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-            )
-        total = l[:, None]
-        lse = (m + tl.log2(l)) * 0.6931471805599453
-        lse = tl.where(m < -2.3586574916681825e+38, m, lse)  # a row of scores that stood for themselves
-        at = bh * sq + first
-        out_at = out_ptr + at * 16 + i[:, None] * 16
-        e = tl.arange(0, 16)
-        out = (acc / total).to(out_ptr.dtype.element_ty)
-        tl.store(out_at + e[None, :], out, mask=(rows < sq)[:, None])
-        tl.store(lse_ptr + at + i, lse, mask=rows < sq)
+    for n in tl.range(0, tl.where(again, sk, 0), BLOCK_N, num_stages=1):
+        acc, l, m = _tile(
+            acc, l, m, q, first, n,
+            k_at, k_n, k_d, v_at, v_n, v_d,
+            ids0, ids1_at, ids1_k,
+            sq, sk,
+            MASKED=True, DESCRIPTORS=DESCRIPTORS, UPCAST=UPCAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        )
+    total = l[:, None]
+    lse = (m + tl.log2(l)) * 0.6931471805599453
+    lse = tl.where(m < -2.3586574916681825e+38, m, lse)  # a row of scores that stood for themselves
+    at = bh * sq + first
+    out_at = out_ptr + at * 16 + i[:, None] * 16
+    e = tl.arange(0, 16)
+    out = (acc / total).to(out_ptr.dtype.element_ty)
+    tl.store(out_at + e[None, :], out, mask=(rows < sq)[:, None])
+    tl.store(lse_ptr + at + i, lse, mask=rows < sq)
 
 
 def attend(q, k, v, ids0, ids1):
@@ -209,17 +227,15 @@ def launch(q, k, v, ids0, ids1, out, lse):
         triton.set_allocator(_scratch)
     configs = CONFIGS if descriptors or arch not in POINTERS else POINTERS
     block_m, block_n, warps, stages = configs[arch]
+    reach = _reach(ids0, ids1, block_m, block_n)
     turns = triton.cdiv(sq, block_m) * batch * heads
-    programs = min(turns, 2 * _processors(q)) if arch in DESCRIPTORS else turns
-    # Heads that run at the same time find their keys and values in L2.
-    section = max(1, min(batch * heads, GROUP * L2 // (sk * (16 + 16) * k.element_size())))
     with torch.cuda.device_of(q):
-        documents_kernel[(programs,)](
-            q, k, v, ids0, ids1, out, lse,
+        documents_kernel[(turns,)](
+            q, k, v, ids0, ids1, reach, out, lse,
             *q.stride(), *k.stride(), *v.stride(),
             ids0.stride(0), ids0.stride(1),
             ids1.stride(0), ids1.stride(1),
-            heads, sq, sk, batch * heads, section,
+            heads, sq, sk,
             DESCRIPTORS=descriptors,
             UPCAST=_interpreted(q) and q.dtype == torch.bfloat16,
             BLOCK_M=block_m,
@@ -241,10 +257,6 @@ def _scratch(size, alignment, stream):
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def _processors(q):
-    return 1 if _interpreted(q) else torch.cuda.get_device_properties(q.device).multi_processor_count
-
-
 def _expect(name, x, shape, dtype):
     if x.shape != shape or x.dtype != dtype:
         raise ValueError(f"{name}: expected {dtype} {list(shape)}, found {x.dtype} {list(x.shape)}")
@@ -258,6 +270,31 @@ def _spread(name, x, shape, dtype=None):
         return x.expand(shape)
     except RuntimeError as error:
         raise ValueError(f"{name}: expected what broadcasts to {list(shape)}, found {list(x.shape)}") from error
+
+
+def _reach(ids, others, size, step):
+    """Return what each tile of size ids sees of the others: int32 [B, tiles, 4].
+
+    From the first number up to the second some of the others may have an id of the tile, from the third up to the
+    fourth all have its only id. Bounds of ids by tile are compared, which holds for ids in any order.
+    """
+    (low, high), (first, last) = _extremes(ids, size), _extremes(others, step)
+    low, high, first, last = low[:, :, None], high[:, :, None], first[:, None], last[:, None]
+    some = (first <= high) & (last >= low)
+    same = some & (low == high) & (first == last)
+    at = torch.arange(some.shape[2], device=ids.device)
+    (see, see_end), (all_, all_end) = (
+        (torch.where(x, at, len(at)).amin(2), torch.where(x, at + 1, 0).amax(2)) for x in (some, same)
+    )
+    all_end = torch.where(all_end - all_ == same.sum(2), all_end, all_)  # none, where they lie apart
+    bounds = torch.stack([see, see_end, all_, all_end], 2)
+    return (bounds * step).to(torch.int32)
+
+
+def _extremes(ids, size):
+    """Return the least and the greatest of each size ids, the last ones repeated to a whole tile."""
+    tail = ids[:, -1:].expand(-1, -ids.shape[1] % size)
+    return torch.cat([ids, tail], 1).unflatten(1, (-1, size)).aminmax(dim=2)
 
 
 def _interpreted(q):
@@ -301,8 +338,8 @@ def _sample(case, device, sizes=None):
     k = torch.randn(batch, hkv, sk, 16, generator=g)
     v = torch.randn(batch, hkv, sk, 16, generator=g)
     tensors = [q.to(DTYPE), k.to(DTYPE), v.to(DTYPE)]
-    tensors.append(torch.randint(0, 3, (batch, sq), generator=g).to(torch.int64))
-    tensors.append(torch.randint(0, 3, (batch, sk), generator=g).to(torch.int64))
+    tensors.append(torch.randint(0, 3, (batch, sq), generator=g).sort(-1)[0].to(torch.int64))
+    tensors.append(torch.randint(0, 3, (batch, sk), generator=g).sort(-1)[0].to(torch.int64))
     return [(_surround(x) if case % 2 else x).to(device) for x in tensors]
 
 
