@@ -22,16 +22,22 @@ from attnc.onnx_file import inspect_onnx, optimize_onnx
 from attnc.passes.rewrite.forms import parse_forms
 from attnc.passes.rewrite.fuse.fused import Fused
 from attnc.passes.rewrite.quant.w8a8 import W8A8
+from attnc.passes.rewrite.sparse.chunked import Chunked
+from attnc.passes.rewrite.sparse.neighborhood import Neighborhood
+from attnc.passes.rewrite.sparse.s2 import S2
 from attnc.passes.rewrite.sparse.sliding_window import SlidingWindow
 from attnc.report.report import Report
 
 __all__ = [
+    "S2",
     "W8A8",
     "AttncError",
     "CaptureError",
     "CheckpointError",
+    "Chunked",
     "CodegenError",
     "Fused",
+    "Neighborhood",
     "Report",
     "RewriteError",
     "SlidingWindow",

@@ -17,6 +17,9 @@ from attnc.errors import RewriteError, UnknownSiteError
 from attnc.ir import AttentionSpec, Contract, Miss
 from attnc.passes.rewrite.fuse.fused import Fused
 from attnc.passes.rewrite.quant.w8a8 import W8A8
+from attnc.passes.rewrite.sparse.chunked import Chunked
+from attnc.passes.rewrite.sparse.neighborhood import Neighborhood
+from attnc.passes.rewrite.sparse.s2 import S2
 from attnc.passes.rewrite.sparse.sliding_window import SlidingWindow
 
 
@@ -45,7 +48,7 @@ class Form(Protocol):
         ...
 
 
-FORMS: dict[str, type[Any]] = {"fused": Fused, "sliding_window": SlidingWindow, "w8a8": W8A8}
+FORMS: dict[str, type[Any]] = {x.name: x for x in (Fused, Chunked, Neighborhood, S2, SlidingWindow, W8A8)}
 
 
 @dataclass(frozen=True, slots=True)
