@@ -178,9 +178,14 @@ KERNELS = (
         "The form hides keys by a score of -inf, and the model's function gives such a score a weight.",
     ),
     Code(
-        "neighborhood-grid",
-        "Give the grid and the prefix that the site's tokens fill; the reason says how many there are.",
-        "A neighborhood counts positions on a grid, which the site's tokens do not fill.",
+        "pattern-needs-causal",
+        "Use the form on causal sites only.",
+        "The form is for queries that look back; the site's mask does not hide the keys after a query.",
+    ),
+    Code(
+        "pattern-tokens",
+        "Give the form the sizes that the site's tokens fill; the reason says how many there are.",
+        "The form counts positions on a grid or in frames, which the site's tokens do not fill.",
     ),
     Code(
         "s2-heads",

@@ -94,7 +94,7 @@ class Neighborhood:
             why = (
                 f"the grid {'x'.join(map(str, self.grid))} and a prefix of {self.prefix} are {tokens} tokens"
             )
-            return Miss("neighborhood-grid", "", f"{why}, the site has {spec.q.shape[2]}")
+            return Miss("pattern-tokens", "", f"{why}, the site has {spec.q.shape[2]}")
         return same_positions(spec)
 
     def mask(self, spec: AttentionSpec) -> Mask:
@@ -134,9 +134,11 @@ def _near(q: Expr, k: Expr, length: int, window: int, stride: int, dilation: int
     group = E.mod(q, d)
     u, c = E.floordiv(q, d), E.floordiv(k, d)
     most = E.floordiv(E.sub(E.integer(length - 1), group), d)  # Lr - 1
-    ahead = stride - 1 if causal else stride // 2
-    leader = E.add(E.mul(E.floordiv(u, E.integer(stride)), E.integer(stride)), E.integer(ahead))
-    leader = _least(leader, most)
+    leader = u
+    if stride > 1:
+        ahead = E.integer(stride - 1 if causal else stride // 2)
+        group_start = E.mul(E.floordiv(u, E.integer(stride)), E.integer(stride))
+        leader = _least(E.add(group_start, ahead), most)
     if causal:
         start = _greatest(E.sub(leader, E.integer(window - 1)), E.ZERO)
         end = u

@@ -14,12 +14,14 @@ from attnc.masks import CAUSAL, Full, Grid, Mask, Padding
 from attnc.passes.rewrite.forms import parse_forms
 from attnc.passes.rewrite.sparse.chunked import Chunked
 from attnc.passes.rewrite.sparse.neighborhood import Neighborhood
+from attnc.passes.rewrite.sparse.power import PowerAttention
 from attnc.passes.rewrite.sparse.s2 import S2
+from attnc.passes.rewrite.sparse.view_time import ViewTime
 from attnc.printer import parse
 
 
 def spec(
-    mask: Mask, tokens: int, heads: int | str = 2, group: int = 1, keys: int | None = None
+    mask: Mask, tokens: int | str, heads: int | str = 2, group: int = 1, keys: int | str | None = None
 ) -> AttentionSpec:
     keys = tokens if keys is None else keys
     kv_heads = heads // group if isinstance(heads, int) else "hkv"
@@ -111,7 +113,7 @@ def test_a_stride_of_the_window_is_attention_within_blocks() -> None:
 
 def test_a_grid_of_other_tokens_is_a_reason() -> None:
     miss = Neighborhood((4, 4), (2, 2), prefix=1).applies(spec(Full(), 16))
-    assert miss.code == "neighborhood-grid"
+    assert miss.code == "pattern-tokens"
     assert "a prefix of 1 are 17 tokens, the site has 16" in miss.why
 
 
@@ -197,9 +199,63 @@ def test_chunks(size: int, mask: Mask) -> None:
     assert torch.equal(kept(Chunked(size).mask(spec(mask, 9)), 9)[0], kept(mask, 9)[0] & same)
 
 
+# ---------------------------------------------------------------- powers of two, views and times
+
+
+@pytest.mark.parametrize("tokens", [*range(1, 25), 70])
+@pytest.mark.parametrize(("block", "window", "sinks"), [(1, 1, 0), (1, 3, 1), (2, 1, 1), (4, 2, 0)])
+def test_powers_of_two(tokens: int, block: int, window: int, sinks: int) -> None:
+    form = PowerAttention(block, window, sinks)
+    want = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for q, k in itertools.product(range(tokens), range(tokens)):
+        back = q // block - k // block
+        want[q, k] = k <= q and (back < window or k // block < sinks or back & (back - 1) == 0)
+    assert torch.equal(kept(form.mask(spec(CAUSAL, tokens)), tokens)[0], want)
+    unknown = form.mask(spec(CAUSAL, "s", keys="s"))
+    assert torch.equal(kept(unknown, tokens)[0], want), "where the length is not fixed"
+
+
+@pytest.mark.parametrize(("window", "sinks", "layers"), [(1, 0, 7), (5, 1, 6)])
+def test_every_block_is_reached_within_logarithmically_many_layers(
+    window: int, sinks: int, layers: int
+) -> None:
+    step = kept(PowerAttention(1, window, sinks).mask(spec(CAUSAL, 128)), 128)[0].double()
+    reached, taken = step, 1
+    while not torch.equal(reached > 0, torch.ones(128, 128, dtype=torch.bool).tril()):
+        reached, taken = ((reached @ step) > 0).double(), taken + 1
+    assert taken == layers
+
+
+def test_powers_look_back() -> None:
+    assert PowerAttention().applies(spec(Full(), 9)).code == "pattern-needs-causal"
+
+
+@pytest.mark.parametrize(("views", "times", "frame"), [(2, 3, 2), (3, 2, 1), (1, 4, 2), (4, 1, 2), (2, 2, 4)])
+def test_views_and_times(views: int, times: int, frame: int) -> None:
+    form, n = ViewTime(views, times, frame), views * times * frame
+    place = [(v, t) for v in range(views) for t in range(times) for _ in range(frame)]
+    want = torch.tensor([[a[0] == b[0] or a[1] == b[1] for b in place] for a in place])
+    found = kept(form.mask(spec(Full(), n)), n)[0]
+    assert torch.equal(found, want)
+    assert found.double().mean().item() == pytest.approx((views + times - 1) / (views * times))
+
+
+def test_other_frames_are_a_reason() -> None:
+    miss = ViewTime(2, 3, 4).applies(spec(Full(), 16))
+    assert miss.code == "pattern-tokens"
+    assert miss.why.endswith("are 24 tokens, the site has 16")
+
+
 # ---------------------------------------------------------------- all of them
 
-FORMS = (Chunked(4), Neighborhood((4, 4), (3, 3), 1, 1), Neighborhood(16, 4, 2, 2, True), S2(2, 1, 2))
+FORMS = (
+    Chunked(4),
+    Neighborhood((4, 4), (3, 3), 1, 1),
+    Neighborhood(16, 4, 2, 2, True),
+    PowerAttention(2, 1, 1),
+    S2(2, 1, 2),
+    ViewTime(2, 4, 2),
+)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -227,7 +283,7 @@ def test_tiles_are_classed_as_their_pairs_are(form) -> None:
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_cross_attention_is_a_reason(form) -> None:
-    assert form.applies(spec(Full(), 16, keys=12)).code == "pattern-needs-self-attention"
+    assert form.applies(spec(CAUSAL, 16, keys=12)).code == "pattern-needs-self-attention"
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
