@@ -22,21 +22,31 @@ from attnc.onnx_file import inspect_onnx, optimize_onnx
 from attnc.passes.rewrite.forms import parse_forms
 from attnc.passes.rewrite.fuse.fused import Fused
 from attnc.passes.rewrite.quant.w8a8 import W8A8
+from attnc.passes.rewrite.sparse.chunked import Chunked
+from attnc.passes.rewrite.sparse.neighborhood import Neighborhood
+from attnc.passes.rewrite.sparse.power import PowerAttention
+from attnc.passes.rewrite.sparse.s2 import S2
 from attnc.passes.rewrite.sparse.sliding_window import SlidingWindow
+from attnc.passes.rewrite.sparse.view_time import ViewTime
 from attnc.report.report import Report
 
 __all__ = [
+    "S2",
     "W8A8",
     "AttncError",
     "CaptureError",
     "CheckpointError",
+    "Chunked",
     "CodegenError",
     "Fused",
+    "Neighborhood",
+    "PowerAttention",
     "Report",
     "RewriteError",
     "SlidingWindow",
     "UnsupportedError",
     "VerifyError",
+    "ViewTime",
     "emit",
     "export_onnx",
     "inspect",

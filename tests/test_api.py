@@ -303,6 +303,33 @@ def test_sliding_window_is_bounded_and_exact_at_full_width(ragged):
     assert errors[0] > errors[1] > errors[2] > 1e-6
 
 
+@pytest.mark.parametrize(
+    ("whole", "sparse"),
+    [
+        (attnc.Chunked(11), "chunked(size=4)"),
+        (attnc.Neighborhood(11, 11), "neighborhood(grid=11, window=5)"),
+        (attnc.S2(vertical=1), "s2(block=2, local=1, vertical=2)"),
+    ],
+)
+def test_forms_over_positions_are_bounded_and_exact_where_they_hide_nothing(whole, sparse):
+    model, inputs = bert(), batch(2, 11, torch.ones(2, 11, dtype=torch.int64))
+    for form, exact in ((whole, True), (sparse, False)):
+        fast = attnc.optimize(model, (), inputs, forms=form, dynamic_shapes=None, cost_model=False)
+        name = attnc.parse_forms(form).at("x")[0].name
+        assert {(s.contract, s.form, s.status) for s in fast.report.sites} == {("BOUNDED", name, "rewritten")}
+        error = (hidden(fast, inputs) - hidden(model, inputs)).abs().max().item()
+        assert (error < 1e-5) if exact else error > 1e-4
+        assert all((s.error or 0.0) > 0.0 for s in fast.report.sites if not exact)
+
+
+def test_a_form_that_does_not_fit_a_site_leaves_it_alone_with_a_reason():
+    inputs = batch(2, 11, torch.ones(2, 11, dtype=torch.int64))
+    form = attnc.Neighborhood((4, 4), (2, 2))
+    fast = attnc.optimize(bert(), (), inputs, forms=form, dynamic_shapes=None, cost_model=False)
+    assert {s.status for s in fast.report.sites} == {"kept"}
+    assert all("are 16 tokens, the site has 11" in s.reason for s in fast.report.sites)
+
+
 def test_forms_are_chosen_by_module_path(ragged):
     forms = {"encoder.layer.0.*": "sliding_window(window=2)", "*": "fused"}
     fast = attnc.optimize(bert(), (), batch(2, 11, ragged), forms=forms, cost_model=False)
@@ -353,7 +380,10 @@ def test_a_forward_that_fails_is_the_models_own_error_with_its_place():
 @pytest.mark.parametrize(
     ("forms", "words"),
     [
-        ("flashy", "expected one of fused, sliding_window, w8a8"),
+        (
+            "flashy",
+            "expected one of fused, chunked, neighborhood",
+        ),
         ("sliding_window(window=0)", "window as a whole number of tokens >= 1, found 0"),
         ("sliding_window(window=2.5)", "found 2.5"),
         ("sliding_window(window=4, sinks=5)", "found sinks=5"),

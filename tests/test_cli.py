@@ -211,7 +211,10 @@ def test_bad_input_is_one_line_and_writes_nothing(api, bert, capsys, tmp_path):
         ((bert, "-o", tmp_path / "bad.toml" / "x"), ("a part of the path is a file",)),
         (
             (bert, "-o", out, "--form", "magic"),
-            ("expected one of fused, sliding_window, w8a8", "found 'magic'"),
+            (
+                "expected one of fused, chunked, neighborhood",
+                "found 'magic'",
+            ),
         ),
         ((bert, "-o", out, "--plan", tmp_path / "bad.toml"), ("expected a TOML file",)),
         ((bert, "-o", out, "--plan", tmp_path / "absent.toml"), ("expected a TOML file",)),

@@ -49,7 +49,7 @@ def run(model: nn.Module, fast: nn.Module) -> Any:
         return model(*state.args, **state.kwargs)
 
 
-@pytest.mark.parametrize("form", ["fused", "sliding_window(window=8)"])
+@pytest.mark.parametrize("form", ["fused", "sliding_window(window=8)", "s2(block=4, local=1, vertical=2)"])
 def test_rewritten_checkpoint_loads_with_equal_outputs(bert, tmp_path, form):
     fast = optimized(bert, form)
     assert fast.report.counts()["rewritten"] == 1

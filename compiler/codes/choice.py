@@ -168,16 +168,34 @@ KERNELS = (
         "A part of the spec has no spelling as a score_mod or mask_mod.",
     ),
     Code(
-        "window-needs-self-attention",
-        "Use the sliding window where queries and keys are the same positions.",
-        "A sliding window compares positions of queries and keys; here there are more of one than of the "
-        "other.",
+        "pattern-needs-self-attention",
+        "Use the form where queries and keys are the same positions.",
+        "The form compares positions of queries and keys; here there are more of one than of the other.",
     ),
     Code(
-        "window-norm",
-        "Keep the site dense: leave the sliding window away here.",
-        "A sliding window hides keys by a score of -inf, and the model's function gives such a score a "
-        "weight.",
+        "pattern-norm",
+        "Keep the site dense: leave the form away here.",
+        "The form hides keys by a score of -inf, and the model's function gives such a score a weight.",
+    ),
+    Code(
+        "pattern-needs-causal",
+        "Use the form on causal sites only.",
+        "The form is for queries that look back; the site's mask does not hide the keys after a query.",
+    ),
+    Code(
+        "pattern-tokens",
+        "Give the form the sizes that the site's tokens fill; the reason says how many there are.",
+        "The form counts positions on a grid or in frames, which the site's tokens do not fill.",
+    ),
+    Code(
+        "s2-heads",
+        "Use S2 where the number of heads is fixed.",
+        "S2 gives each key/value head its own shard, and the number of heads is known at run time only.",
+    ),
+    Code(
+        "s2-coverage",
+        "Lower vertical, or keep a dense head; the reason says which blocks no head sees.",
+        "The shards of all heads together leave out blocks, which the layer could not see at all.",
     ),
     Code(
         "triton-head-size",

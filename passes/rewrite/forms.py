@@ -17,7 +17,12 @@ from attnc.errors import RewriteError, UnknownSiteError
 from attnc.ir import AttentionSpec, Contract, Miss
 from attnc.passes.rewrite.fuse.fused import Fused
 from attnc.passes.rewrite.quant.w8a8 import W8A8
+from attnc.passes.rewrite.sparse.chunked import Chunked
+from attnc.passes.rewrite.sparse.neighborhood import Neighborhood
+from attnc.passes.rewrite.sparse.power import PowerAttention
+from attnc.passes.rewrite.sparse.s2 import S2
 from attnc.passes.rewrite.sparse.sliding_window import SlidingWindow
+from attnc.passes.rewrite.sparse.view_time import ViewTime
 
 
 class Form(Protocol):
@@ -45,7 +50,9 @@ class Form(Protocol):
         ...
 
 
-FORMS: dict[str, type[Any]] = {"fused": Fused, "sliding_window": SlidingWindow, "w8a8": W8A8}
+FORMS: dict[str, type[Any]] = {
+    x.name: x for x in (Fused, Chunked, Neighborhood, PowerAttention, S2, SlidingWindow, ViewTime, W8A8)
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,20 +10,13 @@ it, so the output moves by at most that mass times the spread of the values. Sou
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from attnc.errors import RewriteError
-from attnc.ir import AttentionSpec, Contract, Elementwise, Fill, Miss, RoundedSoftmax, Softmax
-from attnc.masks import And, Band, Mask, Range, both, either
-
-
-def _whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise RewriteError(
-            f"sliding_window: expected {name} as a whole number of tokens >= {least}, found {value!r}"
-        )
+from attnc.ir import AttentionSpec, Contract, Miss
+from attnc.masks import Band, Mask, Range, both, either
+from attnc.passes.rewrite.sparse.patterns import hiding, is_causal, same_positions, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +37,8 @@ class SlidingWindow:
     contract: ClassVar[Contract] = "BOUNDED"
 
     def __post_init__(self) -> None:
-        _whole("window", self.window, 1)
-        _whole("sinks", self.sinks, 0)
+        whole(self.name, "window", self.window, 1)
+        whole(self.name, "sinks", self.sinks, 0)
         if self.sinks > self.window:
             reach = f"at most window={self.window} sinks (its reach)"
             raise RewriteError(f"sliding_window: expected {reach}, found sinks={self.sinks}")
@@ -56,26 +49,15 @@ class SlidingWindow:
 
     def applies(self, spec: AttentionSpec) -> Miss | None:
         """Refuse sites whose queries and keys are not as many, and so not the same positions."""
-        queries, keys = spec.q.shape[2], spec.k.shape[2]
-        if queries != keys:
-            why = f"queries {queries} and keys {keys} are not the same positions"
-            return Miss("window-needs-self-attention", "", why)
-        if isinstance(spec.norm, Elementwise) and not spec.norm.hides:
-            return Miss("window-norm", "", f"{spec.norm} gives hidden keys a weight")
-        return None
+        return same_positions(spec)
 
     def mask(self, spec: AttentionSpec) -> Mask:
         """Return the site's mask and the window."""
-        parts = spec.mask.parts if isinstance(spec.mask, And) else (spec.mask,)
-        causal = (
-            any(isinstance(p, Band) and p.right == 0 for p in parts) if self.causal is None else self.causal
-        )
+        causal = is_causal(spec) if self.causal is None else self.causal
         band = Band(self.window - 1, 0) if causal else Band(self.window, self.window)
         window = either(band, Range("k", 0, self.sinks)) if self.sinks else band
         return both(spec.mask, *((Band(None, 0),) if causal and self.sinks else ()), window)
 
     def rewrite(self, spec: AttentionSpec) -> AttentionSpec:
         """Return the spec with the window; queries that see no key (padding) give zeros."""
-        norm = Softmax() if isinstance(spec.norm, RoundedSoftmax) else spec.norm
-        norm = replace(norm, safe=True) if isinstance(norm, Softmax) else norm
-        return replace(spec, mask=self.mask(spec), fill=Fill(-math.inf), norm=norm)
+        return hiding(spec, self.mask(spec))

@@ -81,5 +81,5 @@ def test_queries_and_keys_must_be_the_same_positions():
     assert form.applies(spec(CAUSAL, "s0", "s0")) is None
     miss = form.applies(spec(CAUSAL, 1, S))
     assert miss is not None
-    assert miss.code == "window-needs-self-attention"
+    assert miss.code == "pattern-needs-self-attention"
     assert form.applies(replace(spec(CAUSAL), k=spec(CAUSAL, S, "s1").k)) is not None
