@@ -1,4 +1,4 @@
-"""The command line: ``attnc inspect | explain | optimize | export | emit | verify | bench | doctor``.
+"""The command line: ``attnc inspect | explain | forms | optimize | export | emit | verify | bench | doctor``.
 
 Results go to stdout, everything else to stderr.  A failure is one line and an exit code that is not zero: 1
 for what attnc refuses, 2 for wrong usage, 130 for an interrupt.  ``ATTNC_DEBUG=1`` shows the traceback as
@@ -78,6 +78,28 @@ def explain(
     else:
         screen.prose(rows[0].text)
     screen.result({"codes": [asdict(r) for r in rows]})
+
+
+@app.command()
+def forms(
+    form: Annotated[
+        str | None, typer.Argument(metavar="[FORM]", help="The name of a form; without one, all are listed.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List what --form and plans may ask for, or say what a form computes, what bounds it, and whence."""
+    from attnc.passes.rewrite.forms import about
+
+    screen, rows = Screen(as_json), about(form)
+    if form is None:
+        cells = [
+            (f"{r.name}({', '.join(r.options)})" if r.options else r.name, r.contract, r.summary)
+            for r in rows
+        ]
+        screen.table(("form", "contract", "what it does"), cells)
+    else:
+        screen.prose(rows[0].text)
+    screen.result({"forms": [asdict(r) for r in rows]})
 
 
 @app.command()

@@ -23,7 +23,7 @@ from attnc.cli_work import Subject, compare, race, read_toml
 from attnc.errors import CaptureError, VerifyError
 from attnc.ir import Kernel
 from attnc.opening import Opened
-from attnc.passes.rewrite.forms import parse_forms
+from attnc.passes.rewrite.forms import FORMS, parse_forms
 from attnc.report.report import Report, SiteRecord
 
 transformers = pytest.importorskip("transformers")
@@ -227,6 +227,25 @@ def test_bad_input_is_one_line_and_writes_nothing(api, bert, capsys, tmp_path):
         error_line(code, err, *words)
         assert stdout == ""
         assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_forms_are_listed_or_explained(capsys):
+    assert cli.main(["forms"]) == 0
+    out = capsys.readouterr().out
+    assert "sliding_window(window," in out
+    assert "BOUNDED" in out
+    assert cli.main(["forms", "--json"]) == 0
+    found = {x["name"]: x for x in json.loads(capsys.readouterr().out)["forms"]}
+    assert set(found) == set(FORMS)
+    assert found["fused"]["contract"] == "SAME"
+    assert found["neighborhood"]["options"][:3] == ["grid", "window", "stride=1"]
+    for name, form in found.items():
+        assert form["summary"].endswith(".")
+        assert name == "fused" or "Source" in form["text"], f"{name} names no source"
+    assert cli.main(["forms", "power-attention"]) == 0
+    assert "power of two" in capsys.readouterr().out
+    assert cli.main(["forms", "magic"]) == 1
+    assert "expected one of fused, chunked" in capsys.readouterr().err
 
 
 def test_explain_prints_one_paragraph_or_lists_all_codes(capsys):

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Protocol
 
 from attnc.errors import RewriteError, UnknownSiteError
@@ -53,6 +54,52 @@ class Form(Protocol):
 FORMS: dict[str, type[Any]] = {
     x.name: x for x in (Fused, Chunked, Neighborhood, PowerAttention, S2, SlidingWindow, ViewTime, W8A8)
 }
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What there is to know of a form: ``text`` says what it computes, what bounds the error, and the source.
+
+    ``options`` are written as in its text form, a default after ``=``; ``summary`` is one line.
+    """
+
+    name: str
+    contract: Contract
+    options: tuple[str, ...]
+    summary: str
+    text: str
+
+
+def about(name: str | None = None) -> tuple[About, ...]:
+    """Return what there is to know of one form, or of all.
+
+    Raises:
+        RewriteError: there is no form of this name.
+    """
+    kinds = FORMS.values() if name is None else (_kind(name, "forms"),)
+    return tuple(_about(k) for k in kinds)
+
+
+def _about(kind: type[Any]) -> About:
+    options = tuple(
+        f.name if f.default is MISSING else f"{f.name}={_plain(f.default)!r}" for f in fields(kind)
+    )
+    own, whole = (
+        inspect.cleandoc(x.__doc__ or "").replace("``", "") for x in (kind, inspect.getmodule(kind))
+    )
+    return About(kind.name, kind.contract, options, own.split("\n\n")[0].replace("\n", " "), whole)
+
+
+def _plain(default: Any) -> Any:
+    """Return a default as a user writes it: one value for all axes without its brackets."""
+    return default[0] if isinstance(default, tuple) and len(default) == 1 else default
+
+
+def _kind(name: str, where: str) -> type[Any]:
+    kind = FORMS.get(name.replace("-", "_").lower())
+    if kind is None:
+        raise RewriteError(f"{where}: expected one of {', '.join(FORMS)}, found {name!r}")
+    return kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +187,7 @@ def _one(item: Any, where: str) -> Any:
         raise RewriteError(
             f"forms for {where!r}: expected a form, its text or a mapping with 'form', found {item!r}"
         )
-    kind = FORMS.get(name.replace("-", "_").lower())
-    if kind is None:
-        raise RewriteError(f"forms for {where!r}: expected one of {', '.join(FORMS)}, found {name!r}")
+    kind = _kind(name, f"forms for {where!r}")
     known = [f.name for f in fields(kind)]
     unknown = [k for k in options if k not in known]
     if unknown:
