@@ -279,7 +279,7 @@ def _reach(ids, others, size, step):
     fourth all have its only id. Bounds of ids by tile are compared, which holds for ids in any order.
     """
     (low, high), (first, last) = _extremes(ids, size), _extremes(others, step)
-    low, high, first, last = low[:, :, None], high[:, :, None], first[:, None], last[:, None]
+    low, high, first, last = low.unsqueeze(2), high.unsqueeze(2), first.unsqueeze(1), last.unsqueeze(1)
     some = (first <= high) & (last >= low)
     same = some & (low == high) & (first == last)
     at = torch.arange(some.shape[2], device=ids.device)
@@ -293,7 +293,7 @@ def _reach(ids, others, size, step):
 
 def _extremes(ids, size):
     """Return the least and the greatest of each size ids, the last ones repeated to a whole tile."""
-    tail = ids[:, -1:].expand(-1, -ids.shape[1] % size)
+    tail = ids.narrow(1, ids.shape[1] - 1, 1).expand(-1, -ids.shape[1] % size)
     return torch.cat([ids, tail], 1).unflatten(1, (-1, size)).aminmax(dim=2)
 
 

@@ -302,8 +302,8 @@ def _sample(case, device):
     k = torch.randn(batch, hkv, sk, 16, generator=g)
     v = torch.randn(batch, hkv, sk, 16, generator=g)
     tensors = [q.to(DTYPE), k.to(DTYPE), v.to(DTYPE)]
-    tensors.append(torch.randint(0, 3, (batch, sq), generator=g).to(torch.int64))
-    tensors.append(torch.randint(0, 3, (batch, sk), generator=g).to(torch.int64))
+    tensors.append(torch.randint(0, 3, (batch, sq), generator=g).sort(-1)[0].to(torch.int64))
+    tensors.append(torch.randint(0, 3, (batch, sk), generator=g).sort(-1)[0].to(torch.int64))
     return [(_surround(x) if case % 2 else x).to(device) for x in tensors]
 
 
