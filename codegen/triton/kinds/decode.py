@@ -88,7 +88,8 @@ def _pick(spec: AttentionSpec, arch: str) -> Config:
     if arch in ("sm_80", "sm_86") and len(head_parts(spec)[0]) > 1:
         rows = 16  # two tiles of queries leave fewer registers
     if max(sizes) > 128:
-        return Config(rows, 64, 4 if on_amd else 8, 3)
+        pairs = any(x.per_tile and "q" in x.axes for x in name_inputs(spec))  # no room for a third stage then
+        return Config(rows, 64, 4 if on_amd else 8, 2 if pairs and rows == 64 else 3)
     small = 128 * sum(sizes) * item <= TILE_BYTES and not any(x.per_tile for x in name_inputs(spec))
     return Config(rows, 128 if small else 64, 4, 3)
 

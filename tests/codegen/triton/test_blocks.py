@@ -241,8 +241,11 @@ LEAST = torch.finfo(torch.float32).min
 PADDED = f"(causal & padding(key,pad)) fill(replace,{LEAST}) softmax with pad=bk[b,t]:bool"
 
 
-def compiles(spec, rows: int = 128) -> None:
-    """Compile for every target, with the tiles of blocks that have so many queries, and look for spills."""
+def compiles(spec, rows: int = 128, around: int = 0) -> None:
+    """Compile for every target, with the tiles of blocks that have so many queries, and look for spills.
+
+    None may lie in a loop over keys; ``around`` bytes of stack may be used beside these.
+    """
     own = canonical(spec)
     divide = load(emit(spec, name="site", kind="blocks"))._divide
 
@@ -258,7 +261,9 @@ def compiles(spec, rows: int = 128) -> None:
         ):  # kinds/blocks.py says why
             assert row["stack"] <= 16, row
         else:
-            assert (row["stack"], row["spills"]) == (0, 0), row
+            assert not row["loop_spills"], row
+            assert row["stack"] <= around, row
+            assert around or not row["spills"], row
 
 
 @pytest.mark.parametrize("at", [1, 2], ids=["descriptors", "pointers"])
@@ -281,7 +286,7 @@ def test_the_tiles_of_every_block_size_compile_without_spills(d: int, mask: str,
 @pytest.mark.slow
 def test_the_whole_corpus_compiles(corpus) -> None:
     for name in NAMES:
-        compiles(corpus[name])
+        compiles(corpus[name], around=24)
 
 
 @pytest.mark.gpu
