@@ -211,7 +211,8 @@ def compiles(spec, *targets: str) -> None:
     for row in rows:
         assert row["error"] is None, row
         assert not row["over_limit"], row
-        assert (row["stack"], row["spills"]) == (0, 0), row
+        assert not row["loop_spills"], row
+        assert row["stack"] <= 72, row  # as test_gate.py has it, for latent heads
 
 
 def test_the_default_tiles_compile_without_spills() -> None:
