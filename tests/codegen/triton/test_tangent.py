@@ -123,16 +123,16 @@ PADDED = "mask=(causal & padding(key,pad)) fill(replace,-inf) softmax with pad=b
 BIASED = "bias(rel) mask=none softmax with rel=bhqk[1,h,s,t]:bfloat16"
 
 
-def compiles(text: str, targets: tuple[str, ...]) -> None:
+def compiles(text: str, targets: tuple[str, ...], stack: int = 0, in_loops: int = 0) -> None:
     kernel = emit(parse(text), name="site", kind="tangent")
     rows = report_rows(kernel, targets)
     assert {row["target"] for row in rows} == set(targets)
     for row in rows:
         assert row["error"] is None, row
         assert not row["over_limit"], row
-        # as test_gate.py has it: two outputs are carried, and four tensors loaded in a turn
-        assert row["stack"] <= 40, row
-        assert (row["loop_spills"] or 0) <= 4, row
+        assert row["stack"] <= stack, row
+        assert (row["loop_spills"] or 0) <= in_loops, row
+        assert stack or not row["spills"], row
 
 
 @pytest.mark.parametrize("d", [64, 128])
@@ -143,8 +143,10 @@ def test_a_causal_kernel_compiles_for_every_target_without_spills(d: int) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("rest", [CAUSAL, PADDED, BIASED], ids=["causal", "padded", "biased"])
 @pytest.mark.parametrize("d", [64, 80, 128])
-def test_kernels_compile_for_every_target_without_spills(d: int, rest: str) -> None:
-    compiles(SPEC.format(d=d, rest=rest), TARGETS)
+def test_kernels_compile_for_every_target_with_few_spills(d: int, rest: str) -> None:
+    # as test_gate.py has it: two outputs are carried, and four tensors loaded in a turn
+    known = {} if rest == CAUSAL else {"stack": 40, "in_loops": 4}
+    compiles(SPEC.format(d=d, rest=rest), TARGETS, **known)
 
 
 @pytest.mark.slow

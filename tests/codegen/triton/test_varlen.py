@@ -206,13 +206,14 @@ MASKS = {
 }
 
 
-def compiles(spec, *targets: str) -> None:
+def compiles(spec, *targets: str, around: int = 0) -> None:
     rows = report_rows(emit(spec, name="site", kind="varlen"), *([targets] if targets else []))
     for row in rows:
         assert row["error"] is None, row
         assert not row["over_limit"], row
         assert not row["loop_spills"], row
-        assert row["stack"] <= 72, row  # as test_gate.py has it, for latent heads
+        assert row["stack"] <= around, row
+        assert around or not row["spills"], row
 
 
 def test_the_default_tiles_compile_without_spills() -> None:
@@ -229,7 +230,7 @@ def test_the_default_tiles_compile_without_spills_on_every_target(d: int, mask: 
 @pytest.mark.slow
 def test_the_whole_corpus_compiles(corpus) -> None:
     for name in NAMES:
-        compiles(corpus[name])
+        compiles(corpus[name], around=72)  # as test_gate.py has it, for latent heads
 
 
 @pytest.mark.gpu
